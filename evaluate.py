@@ -1,0 +1,141 @@
+"""Price the held-out items of a run, honestly: how far off, in dollars, beside guesses that need no language model.
+
+    python evaluate.py --ckpt out/
+
+The items are the run's own test split, never trained on. Writes out/report/ (report.html is the page to open).
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from lora.checkpoint import write_directory
+from lora.inject import lora_layers
+from pricer import add_model_arguments, distributions, load_run, pick_device, pick_dtype, read_run, run_main
+from pricing.baselines import BASELINES
+from pricing.catalogue import least_error
+from pricing.console import show_guess, table
+from pricing.decode import PICKS, PriceTree, greedy_prices, pick, quantile
+from pricing.metrics import colour, score
+from pricing.prompt import encode_prompt
+from pricing.report import comparison_rows, write_report
+from pricing.sources import load_items
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--ckpt", default="out", help="the directory that train.py wrote")
+    parser.add_argument("--data", default=None, help="other data than the run's (its test split is priced)")
+    parser.add_argument("--items", type=int, default=None, help="price only the first so many test items")
+    parser.add_argument("--decode", default="median", choices=PICKS, help="how one price is chosen from the distribution")
+    parser.add_argument("--prune", type=float, default=1e-3, help="digit-tree nodes with less probability are not opened")
+    parser.add_argument("--batch", type=int, default=32, help="items in a forward pass")
+    parser.add_argument("--untuned", action=argparse.BooleanOptionalAction, default=True, help="price with the untuned model too")
+    parser.add_argument("--quiet", action="store_true", help="no line for each item")
+    add_model_arguments(parser)
+    args = parser.parse_args()
+    if args.batch < 1 or (args.items is not None and args.items < 1) or not 0 <= args.prune < 0.5:
+        parser.error("--batch and --items must be at least 1, --prune from 0 to 0.5")
+    return args
+
+
+def guess_prices(model, tree, prompts, args, on_guess=None) -> tuple[np.ndarray, np.ndarray, int]:
+    """(guesses (items,) dollars, distributions (items, 1000), parse failures); `on_guess(indices, guesses)` as they come."""
+    device = model.embed_tokens.weight.device
+    guesses = np.full(len(prompts), np.nan)
+
+    def on_batch(indices, p):
+        if args.decode == "greedy":
+            chosen = [prompts[i] for i in indices]
+            guesses[indices] = greedy_prices(
+                lambda part, c: model.prefill(part, c.to(device)), lambda k, t, q, c: model.extend(k, t, q, c.to(device)), chosen, tree
+            )
+        else:
+            guesses[indices] = pick(p, args.decode)
+        if on_guess:
+            on_guess(indices, guesses[indices])
+
+    p = distributions(model, tree, prompts, args.batch, args.prune, on_batch)
+    return guesses, p, int(np.isnan(guesses).sum())
+
+
+def main() -> None:
+    args = parse_arguments()
+    run = read_run(args.ckpt)
+    options = run["options"]
+    device = pick_device(args.device)
+    items, skipped, identity = load_items(args.data or options["data"], options["size"], options["data_seed"], options["strict"])
+    if not args.data and (identity.get("sha256"), identity["items"]) != (run["data"].get("sha256"), run["data"]["items"]):
+        raise ValueError(f"{options['data']} has changed since {args.ckpt} was trained on it: its splits cannot be trusted")
+    train = [item for item in items if item.split == "train"]
+    test = [item for item in items if item.split == "test"][: args.items]
+    if not test or not train:
+        raise ValueError(f"{args.data or options['data']}: no items in the {'train' if test else 'test'} split of {len(items)} items")
+    truth, categories = np.array([item.price for item in test]), [item.category for item in test]
+
+    model, tokenizer = load_run(args.ckpt, run, device, pick_dtype(args.dtype, device))
+    tree = PriceTree.build(tokenizer.encode_answer)
+    prompts = [encode_prompt(item.text, tokenizer, options["max_tokens"], run["prompt"]) for item in test]
+    constant, fallback = float(np.mean([i.price for i in train])), float(np.median([i.price for i in train]))
+
+    def report_on(guess: np.ndarray, failures: int = 0) -> dict:
+        return score(truth, guess, constant, categories, failures)
+
+    # ---- fine-tuned -----------------------------------------------------------------------------------------------------
+    bar = tqdm(total=len(test), unit="item", dynamic_ncols=True)
+
+    def show(indices, guesses):
+        bar.update(len(indices))
+        for i, guess in zip(indices, guesses, strict=True):
+            if not args.quiet:
+                guess = fallback if np.isnan(guess) else guess
+                tqdm.write(show_guess(test[i].title, truth[i], guess, colour(truth[i], guess)))
+
+    started = time.perf_counter()
+    guess, p, failures = guess_prices(model, tree, prompts, args, show)
+    seconds = time.perf_counter() - started
+    bar.close()
+    # A greedy text that is no price says nothing: it is priced like an unknown product, and counted.
+    guess = np.where(np.isnan(guess), fallback, guess)
+    low, high = quantile(p, 0.1), quantile(p, 0.9)
+    metrics = report_on(guess, failures) | {"seconds": round(seconds, 2), "decode": args.decode}
+    metrics["inside_80"] = float(((truth >= low - 0.5) & (truth <= high + 0.5)).mean())
+    comparison = {"fine-tuned": metrics}
+
+    # ---- the same model without its adapter, and predictors that read no language ----------------------------------------
+    if args.untuned:
+        for layer in lora_layers(model).values():
+            layer.lora_B.data.zero_()  # B = 0 is the base model, bit for bit
+        with tqdm(total=len(test), unit="item", desc="untuned model") as bar:
+            plain, _, failed = guess_prices(model, tree, prompts, args, lambda indices, _: bar.update(len(indices)))
+        comparison["untuned model"] = report_on(np.where(np.isnan(plain), fallback, plain), failed)
+    for name, predict in BASELINES.items():
+        comparison[name] = report_on(predict(train, test))
+    metrics["comparison"] = {name: {k: m[k] for k in ("mae", "median_error", "rmsle", "hits", "ratio")} for name, m in comparison.items()}
+    if all(item.fair_price is not None for item in test):
+        metrics["least_mae"] = float(np.mean([least_error(item.fair_price) for item in test]))
+
+    # ---- report -----------------------------------------------------------------------------------------------------------
+    about = (
+        f"{options['model']}, {options['bits']} bits, LoRA rank {options['rank']} on {options['targets']}, {run['steps']:,} steps on "
+        f"{options['data']}; {args.decode} of the distribution over whole dollars; {len(train):,} training items, test split by title."
+    )
+    out = Path(args.ckpt) / "report"
+    with write_directory(out) as part:
+        write_report(part, metrics, test, guess, (low, high), comparison, about)
+    print(table(["predictor", "mean error", "median error", "RMSLE", "hits", "/ constant"], comparison_rows(comparison)))
+    lowest, highest = metrics["mae_ci95"]
+    print(f"\n{len(test):,} held-out items in {seconds:.1f} s: off by ${metrics['mae']:.2f} on average (95 % interval ${lowest:.2f} to ${highest:.2f}),", end=" ")
+    print(f"{metrics['ratio']:.0%} of the constant's ${metrics['constant_mae']:.2f}; {metrics['inside_80']:.0%} inside the 80 % range")
+    if "least_mae" in metrics:
+        print(f"the least reachable error on these items is ${metrics['least_mae']:.2f}: the catalogue's own noise")
+    if failures:
+        print(f"{failures} answers were no price; they count as ${fallback:.0f}, the median training price")
+    print(f"report in {out}/report.html")
+
+
+if __name__ == "__main__":
+    run_main(main)

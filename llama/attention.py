@@ -1,0 +1,107 @@
+"""Who sees whom: packed sequences, the KV cache, and attention itself.
+
+The network works on N packed tokens, one sequence after another without padding: every linear, norm and MLP then does
+useful work only. Attention alone needs to know where a sequence begins. It lays q, k and v out on a grid of B rows and
+T columns (a row a sequence, the tail unused), attends within each row, and packs the result again:
+
+    packed (N):   a0 a1 a2 b0 b1 c0 c1 c2        grid (B, T):   a0 a1 a2
+                                                                b0 b1 --
+                                                                c0 c1 c2
+
+Rows never meet, so packing cannot leak one item into another; and with a causal mask, an unused tail is never seen by a real
+token before it, so no padding mask is needed. A batch padded on the right is the special case of equal lengths.
+
+Scoring prices asks many short continuations of one prompt ("1", "12", "123", ...). A `KVCache` holds the prompt's keys and
+values once, and `extend` adds tokens as a tree: each new token sees the prompt, its ancestors and itself. Ordinary
+token by token decoding is the tree without branches.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Layout:
+    """Where each of N tokens stands."""
+
+    positions: Tensor  # (N,) rope position within its own sequence, from 0
+    rows: int  # B
+    columns: int  # T, the longest sequence
+    slots: Tensor | None  # (N,) row * T + column of each token; None when the grid is full and packing is a reshape
+    mask: Tensor | None = None  # (B, 1, T, S) bool, True where seen; None: causal within the row
+    last: Tensor | None = None  # (B,) packed index of each sequence's last token
+
+    @staticmethod
+    def packed(lengths: list[int], device: torch.device | str = "cpu") -> "Layout":
+        """Sequences of `lengths` tokens, one after another. All lengths >= 1."""
+        columns = max(lengths)
+        length = torch.tensor(lengths)
+        ends = length.cumsum(0)  # (B,)
+        positions = torch.arange(int(ends[-1])) - (ends - length).repeat_interleave(length)
+        slots = None
+        if min(lengths) < columns:
+            slots = (torch.arange(len(lengths)) * columns).repeat_interleave(length) + positions
+            slots = slots.to(device)
+        return Layout(positions.to(device), len(lengths), columns, slots, last=(ends - 1).to(device))
+
+    def to_grid(self, x: Tensor) -> Tensor:
+        """(N, heads, D) -> (B, T, heads, D), zeros where no token stands"""
+        if self.slots is not None:
+            x = x.new_zeros(self.rows * self.columns, *x.shape[1:]).index_copy(0, self.slots, x)
+        return x.view(self.rows, self.columns, *x.shape[1:])
+
+    def to_packed(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (N, C)"""
+        x = x.reshape(self.rows * self.columns, -1)
+        return x if self.slots is None else x.index_select(0, self.slots)
+
+
+class KVCache:
+    """Keys and values of B prompts and of the tree of tokens grown on them."""
+
+    def __init__(self, lengths: list[int], layers: int, device: torch.device | str):
+        self.keys: list[Tensor | None] = [None] * layers  # each (B, S, K, D), rotated
+        self.values: list[Tensor | None] = [None] * layers
+        columns = torch.arange(max(lengths), device=device)
+        prompt = columns < torch.tensor(lengths, device=device)[:, None]
+        self.sees = prompt[:, None, :]  # (B, 1 + tree nodes, S) bool: what each node may look at; node 0 is the prompt
+        self.layout = Layout.packed(lengths, device)  # of the tokens being added; first the prompts themselves
+
+    def grow(self, parents: Tensor) -> None:
+        """Make room for n new nodes a row. parents (B, n): 0 for the prompt, i for the i-th node added after it."""
+        rows, new = parents.shape
+        nodes, slots = self.sees.shape[1:]
+        sees = F.pad(self.sees, (0, new))  # (B, nodes, S + n)
+        of_parent = sees.gather(1, parents[:, :, None].expand(-1, -1, slots + new))  # (B, n, S + n)
+        itself = torch.zeros(new, slots + new, dtype=torch.bool, device=parents.device)
+        itself[:, slots:].fill_diagonal_(True)
+        added = of_parent | itself
+        self.sees = torch.cat([sees, added], dim=1)
+        # A token's position is the number of tokens that it sees before itself.
+        self.layout = Layout(added.sum(-1).view(-1) - 1, rows, new, None, mask=added[:, None])
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, K, D) new keys and values -> all so far (B, S, K, D)"""
+        if self.keys[layer] is not None:
+            k, v = torch.cat([self.keys[layer], k], dim=1), torch.cat([self.values[layer], v], dim=1)
+        self.keys[layer], self.values[layer] = k, v
+        return k, v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v within each sequence.  q (N, H, D), k and v (N, K, D) -> (N, H * D)
+
+    Grouped queries: head h reads key-value head h // (H / K), that is [K1, K2] -> [K1, K1, K2, K2], not [K1, K2, K1, K2].
+    """
+    q, k, v = (layout.to_grid(t) for t in (q, k, v))  # (B, T, heads, D)
+    if cache is not None:
+        k, v = cache.append(layer, k, v)  # (B, S, K, D)
+    dtype = v.dtype
+    if q.device.type == "cpu":
+        q, k, v = q.float(), k.float(), v.float()  # the CPU kernel's backward is six times slower in bfloat16
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
+    y = F.scaled_dot_product_attention(q, k, v, layout.mask, is_causal=layout.mask is None, enable_gqa=True)
+    return layout.to_packed(y.transpose(1, 2)).to(dtype)  # (N, H * D)

@@ -1,0 +1,112 @@
+"""Fill a Llama from safetensors, one tensor at a time, strictly.
+
+The model is built on the `meta` device (shapes without memory). Each linear of a block is read from its shard, moved, handed to
+`make_linear` (which may quantise it) and dropped before the next one is read: the peak is the quantised model plus one matrix,
+so an 8B model is never whole in 16 bits. Before anything is read, names and shapes are compared with what the model needs.
+"""
+
+import json
+from pathlib import Path
+from typing import Callable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from llama.model import Llama
+
+MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]  # (O, I) weight, (O,) bias or None -> a layer
+FLOATS = {"F32", "F16", "BF16"}
+
+
+class Checkpoint:
+    """The tensors of a directory by our own names, whichever shard each lies in. Raises ValueError with one clear line."""
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.shards = {}  # file name -> open shard
+        self.files: dict[str, str] = {}  # our name -> file name
+        self.keys: dict[str, str] = {}  # our name -> name in the file
+        index = self.directory / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                listed = json.loads(index.read_text())["weight_map"]
+            except (json.JSONDecodeError, KeyError) as error:
+                raise ValueError(f"{index} is damaged: {error!r}") from None
+        elif (self.directory / "model.safetensors").is_file():
+            listed = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
+        else:
+            raise ValueError(f"{self.directory} holds neither model.safetensors nor model.safetensors.index.json")
+        for key, file in listed.items():
+            name = key.removeprefix("model.")
+            if name.endswith("rotary_emb.inv_freq"):
+                continue  # old Llama 2 files carry the rope table; rope.py computes it
+            self.files[name], self.keys[name] = file, key
+
+    def _open(self, file: str):
+        if file not in self.shards:
+            path = self.directory / file
+            if not path.is_file():
+                raise ValueError(f"shard {path} is missing, though the index lists it; download it again")
+            try:
+                self.shards[file] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"shard {path} is truncated or damaged ({error}); download it again") from None
+        return self.shards[file]
+
+    def _slice(self, name: str):
+        try:
+            return self._open(self.files[name]).get_slice(self.keys[name])
+        except SafetensorError:
+            raise ValueError(f"{self.directory / self.files[name]} lacks {self.keys[name]}, though the index lists it") from None
+
+    def check(self, expected: dict[str, torch.Size], tied: bool) -> None:
+        """Every expected tensor there with its shape and a float dtype, and none besides."""
+        missing = [name for name in expected if name not in self.files]
+        unexpected = [name for name in self.files if name not in expected and not (tied and name == "lm_head.weight")]
+        for names, what in ((missing, "lacks"), (unexpected, "holds the unknown tensor")):
+            if names:
+                more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+                raise ValueError(f"{self.directory} {what} {names[0]}{more}: weights and config.json do not belong together")
+        for name, shape in expected.items():
+            part = self._slice(name)
+            if tuple(part.get_shape()) != tuple(shape):
+                raise ValueError(f"{self.directory}: {name} is {tuple(part.get_shape())}, config.json asks for {tuple(shape)}")
+            if part.get_dtype() not in FLOATS:
+                raise ValueError(f"{self.directory}: {name} has dtype {part.get_dtype()}, expected one of {sorted(FLOATS)}")
+
+    def read(self, name: str, device: torch.device | str) -> Tensor:
+        """One tensor on the device, in the file's dtype; NaN or infinity is an error that names it."""
+        tensor = self._open(self.files[name]).get_tensor(self.keys[name]).to(device)
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{self.directory / self.files[name]}: {name} holds NaN or infinity")
+        return tensor
+
+
+def load_weights(
+    model: Llama,
+    directory: str | Path,
+    device: torch.device | str,
+    make_linear: MakeLinear,
+    progress: Callable = lambda names: names,
+) -> None:
+    """Fill `model` (on `meta`) from `directory`. Embedding and head in the compute dtype, norms in float32.
+
+    Every linear inside the blocks is replaced by `make_linear(weight, bias)`, the weight in the file's dtype.
+    `progress` wraps the list of linears, for a bar. Raises ValueError that names the tensor or the file.
+    """
+    checkpoint = Checkpoint(directory)
+    checkpoint.check({name: p.shape for name, p in model.named_parameters()}, model.config.tie_word_embeddings)
+    linears = [name for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)]
+    for name in progress(linears):
+        parent, _, child = f"layers.{name}".rpartition(".")
+        old = model.get_submodule(f"layers.{name}")
+        weight = checkpoint.read(f"layers.{name}.weight", device)  # (O, I)
+        bias = None if old.bias is None else checkpoint.read(f"layers.{name}.bias", device)
+        setattr(model.get_submodule(parent), child, make_linear(weight, bias))
+    for name, parameter in list(model.named_parameters()):
+        parent, _, child = name.rpartition(".")
+        kept = torch.float32 if parameter.ndim == 1 else model.compute_dtype  # norms are vectors
+        tensor = checkpoint.read(name, device).to(kept)
+        setattr(model.get_submodule(parent), child, nn.Parameter(tensor, requires_grad=False))
+    model.frequency = model.frequency.to(device)

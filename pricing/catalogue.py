@@ -1,0 +1,354 @@
+"""The built-in data set `catalogue`: made-up products with a known price formula and known noise.
+
+    python -m pricing.catalogue 5             # prints five items, one JSON object a line
+    python -m pricing.catalogue 5 --seed 1    # five others
+
+Real listings hide what a product is worth, so nobody can say how good a model could be. Here every item is drawn from
+the tables below and priced by
+
+    fair_price = base(noun) * (size / first size of the noun) ** power(category)
+                 * material * brand * each feature * count ** 0.85                  US dollars
+    price      = fair_price * exp(SIGMA * z),  z ~ N(0, 1)                          US dollars, rounded to cents
+
+and every factor is named in the title or the description: a pack that is not mentioned is a single piece, a feature
+that is not mentioned is absent. Colours, warranties and shop phrases do not move the price. A perfect reader recovers
+fair_price, the median of price given the text, and still errs by `least_error(fair_price)` dollars: the floor.
+
+Item 302 of seed 0 is "Set Of Three: Copper Saucepan, 2L", described as
+"Colour: sage green, extras: induction-ready base, non-stick coating, maker: Brightwick". Step by step:
+
+    a saucepan of 1.5 litres is $17, so one of 2 litres      17.00 * (2 / 1.5) ** 0.55  =  19.91
+    copper 1.95, Brightwick 0.80                             19.91 * 1.95 * 0.80        =  31.07
+    induction base 1.20, non-stick coating 1.15              31.07 * 1.20 * 1.15        =  42.87
+    three of them                                            42.87 * 3 ** 0.85          = 109.07  fair_price
+    and the noise, z = -0.301                                109.07 * exp(0.15 * z)      = 104.26  price
+
+The same (seed, i) gives the same item on every machine and Python: all draws come from `Random.random()`, the one
+method whose sequence Python promises to keep, and item i has a generator of its own, so it does not depend on n.
+"""
+import argparse
+import json
+import math
+import random
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+SIGMA = 0.15                    # standard deviation of log(price / fair_price)
+PACK_SHARE = 0.35               # of the items that can come in packs
+PACK_POWER = 0.85               # a pack of six costs 6 ** 0.85 = 4.6 times one piece
+FAIR_RANGE = (3.0, 600.0)       # dollars; draws outside are drawn again. 600 leaves 3.4 sigma up to the upper bound
+PRICE_RANGE = (0.50, 999.49)    # dollars; the bounds of every data set here
+
+
+@dataclass(frozen=True)
+class Category:
+    """One kind of goods. `features` is keyed by a feature's wordings, which all mean the same and cost the same."""
+    department: str             # which brands sell it
+    dimension: str              # what the size measures
+    unit: tuple                 # one, many, short: ("litre", "litres", "L")
+    power: float                # of the size, in the price
+    packs: tuple                # piece counts; () when sold singly only
+    part: str                   # what is made of the material
+    nouns: dict                 # noun: (dollars at the first size, sizes)
+    materials: dict             # material: multiplier
+    features: dict              # wordings: multiplier
+
+
+@dataclass(frozen=True)
+class Factors:
+    """All that decides an item's fair price: keys into the tables, and two numbers."""
+    category: str
+    brand: str
+    noun: str
+    size: float                 # in the category's unit
+    material: str
+    features: tuple             # of wordings
+    count: int                  # pieces in the pack
+
+
+BRANDS = {                      # multiplier, departments it sells in
+    "Aldermoor":  (1.35, "home field"),   "Brightwick": (0.80, "home tech"),    "Cobaltine":  (1.20, "tech field"),
+    "Dunvale":    (0.75, "home field"),   "Everpine":   (0.95, "field home"),   "Fjordlund":  (1.60, "home field"),
+    "Gryphona":   (1.45, "tech play"),    "Hexaline":   (0.90, "tech home"),    "Ivelle":     (1.90, "home play"),
+    "Junipero":   (1.05, "play home"),    "Kestrelle":  (1.70, "tech field"),   "Lumora":     (1.10, "home tech"),
+    "Mapleford":  (1.25, "field play"),   "Norvik":     (1.00, "tech home"),    "Oddfellow":  (0.85, "play tech"),
+    "Pellucid":   (1.50, "tech play"),    "Quillon":    (1.30, "play tech"),    "Ravenscar":  (1.15, "field tech"),
+    "Solvane":    (0.70, "tech field"),   "Tamberly":   (0.78, "play home"),    "Umbrio":     (1.80, "tech play"),
+    "Vantico":    (0.88, "tech field"),   "Wexcombe":   (1.40, "home play"),    "Yarrowby":   (0.72, "play field"),
+}
+
+CATEGORIES = {
+    "Stationery": Category("play", "length", ("page", "pages", "pp"), 0.45, (2, 3, 6, 12), "cover",
+        {"notebook": (3.5, (80, 120, 192)), "sketchbook": (5.5, (60, 100, 160)), "planner": (6.5, (120, 180, 240)),
+         "journal": (5, (96, 160, 240)), "guest book": (7.5, (64, 96, 128))},
+        {"kraft paper": 0.85, "cardboard": 0.90, "linen": 1.25, "leather": 1.75},
+        {("elastic closure", "elastic band"): 1.12, ("ribbon marker", "bookmark ribbon"): 1.08,
+         ("gilded edges", "gilt page edges"): 1.35, ("pen loop", "loop for a pen"): 1.06}),
+    "Cables": Category("tech", "length", ("metre", "metres", "m"), 0.60, (2, 3, 5, 10), "sheath",
+        {"USB-C cable": (4, (1.5, 2, 3)), "HDMI cable": (5.5, (2, 3, 5)), "ethernet cable": (3.5, (2, 5, 10)),
+         "extension cord": (7, (2, 3, 5)), "speaker wire": (5, (5, 10, 15))},
+        {"PVC": 0.85, "rubber": 1.00, "silicone": 1.15, "braided nylon": 1.30},
+        {("gold-plated contacts", "gold-plated plugs"): 1.15, ("right-angle plug", "90-degree plug"): 1.10,
+         ("double shielding", "twin-layer shielding"): 1.25, ("fibre-optic core", "optical core"): 2.00}),
+    "Toys": Category("play", "count", ("piece", "pieces", "pcs"), 0.55, (2, 3), "parts",
+        {"jigsaw puzzle": (7, (250, 500, 1000)), "building set": (14, (150, 300, 600)),
+         "marble run": (13, (60, 100, 180)), "magnetic tile kit": (17, (32, 64, 100)), "model railway": (42, (40, 80))},
+        {"cardboard": 0.85, "plastic": 1.00, "bamboo": 1.25, "beech wood": 1.45},
+        {("storage box", "tub to store it in"): 1.10, ("glow-in-the-dark details", "luminous details"): 1.15,
+         ("motorised unit", "electric motor unit"): 1.60, ("missing instructions", "lost manual"): 0.70}),
+    "Lighting": Category("home", "power", ("watt", "watts", "W"), 0.50, (2, 4, 6), "shade",
+        {"LED bulb": (4, (5, 7, 9, 12)), "desk lamp": (21, (6, 8, 12)), "floor lamp": (48, (12, 18, 24)),
+         "ceiling light": (36, (18, 24, 36)), "work light": (20, (20, 30, 50))},
+        {"plastic": 0.85, "aluminium": 1.00, "frosted glass": 1.15, "brass": 1.55},
+        {("dimmer", "adjustable brightness"): 1.15, ("motion sensor", "movement detector"): 1.25,
+         ("app control", "smartphone control"): 1.40, ("chipped paint", "chipped finish"): 0.70}),
+    "Kitchen": Category("home", "capacity", ("litre", "litres", "L"), 0.55, (2, 3), "body",
+        {"saucepan": (17, (1.5, 2, 3)), "stockpot": (25, (6, 8, 12)), "kettle": (22, (1.2, 1.7, 2)),
+         "mixing bowl": (9, (2, 3, 5)), "casserole dish": (27, (2.5, 4, 6))},
+        {"aluminium": 0.85, "stainless steel": 1.00, "cast iron": 1.40, "copper": 1.95},
+        {("non-stick coating", "non-stick interior"): 1.15, ("glass lid", "see-through lid"): 1.12,
+         ("induction base", "induction-ready base"): 1.20, ("small dents", "minor dents"): 0.72}),
+    "Luggage": Category("field", "volume", ("litre", "litres", "L"), 0.50, (2, 3), "shell",
+        {"backpack": (32, (18, 25, 35)), "duffel bag": (28, (30, 45, 70)), "suitcase": (56, (35, 60, 95)),
+         "tote bag": (14, (10, 15, 20)), "messenger bag": (29, (8, 12, 16))},
+        {"polyester": 0.85, "canvas": 1.00, "polycarbonate": 1.25, "leather": 2.05},
+        {("laptop sleeve", "padded laptop pocket"): 1.15, ("swivel wheels", "spinner wheels"): 1.30,
+         ("rain cover", "waterproof cover"): 1.08, ("USB port", "built-in charging port"): 1.18}),
+    "Audio": Category("tech", "output", ("watt", "watts", "W"), 0.40, (), "cabinet",
+        {"bluetooth speaker": (41, (10, 20, 40)), "soundbar": (85, (60, 120, 240)), "subwoofer": (110, (100, 200, 400)),
+         "amplifier": (100, (30, 50, 100)), "party speaker": (80, (50, 100, 300))},
+        {"plastic": 0.85, "MDF": 1.00, "aluminium": 1.15, "walnut": 1.40},
+        {("voice assistant", "hands-free voice control"): 1.20, ("waterproof casing", "IPX7 waterproofing"): 1.15,
+         ("multi-room streaming", "whole-house streaming"): 1.30, ("minor scratches", "small scuffs"): 0.70}),
+    "Drives": Category("tech", "capacity", ("gigabyte", "gigabytes", "GB"), 0.60, (2, 3, 5), "casing",
+        {"USB stick": (5, (32, 64, 128)), "memory card": (6.5, (64, 128, 256)), "portable SSD": (43, (500, 1000, 2000)),
+         "internal SSD": (31, (250, 500, 1000)), "hard drive": (38, (1000, 2000))},
+        {"plastic": 0.85, "aluminium": 1.05, "rubber": 1.15, "titanium": 1.40},
+        {("hardware encryption", "built-in encryption"): 1.30, ("water resistance", "splash-proof seal"): 1.12,
+         ("high-speed controller", "fast controller"): 1.25, ("refurbished memory", "reconditioned memory"): 0.60}),
+    "Power Tools": Category("field", "rating", ("volt", "volts", "V"), 0.70, (), "housing",
+        {"cordless drill": (60, (12, 18, 24)), "circular saw": (80, (18, 24, 36)), "impact driver": (70, (12, 18, 24)),
+         "angle grinder": (65, (18, 24, 36)), "chainsaw": (120, (18, 36, 60))},
+        {"plastic": 0.90, "nylon": 1.00, "aluminium": 1.15, "magnesium": 1.30},
+        {("brushless motor", "motor without brushes"): 1.35, ("two batteries", "twin battery kit"): 1.45,
+         ("laser guide", "laser line"): 1.12, ("reconditioned parts", "refurbished internals"): 0.65}),
+    "Garden": Category("field", "height", ("foot", "feet", "ft"), 0.75, (2, 4), "frame",
+        {"trellis": (23, (4, 6, 8)), "raised bed": (47, (2, 3, 4)), "pergola": (165, (8, 10, 12)),
+         "garden arch": (48, (6, 7, 8)), "gazebo": (135, (8, 10, 12))},
+        {"pine": 0.85, "galvanised steel": 1.05, "cedar": 1.30, "wrought iron": 1.50},
+        {("weatherproof finish", "weather-resistant finish"): 1.10, ("planter boxes", "built-in planters"): 1.25,
+         ("retractable canopy", "fold-back canopy"): 1.35, ("solar lights", "solar-powered lights"): 1.20}),
+    "Bedding": Category("home", "width", ("centimetre", "centimetres", "cm"), 0.80, (2, 4), "filling",
+        {"pillow": (12, (50, 70, 90)), "quilt": (35, (135, 200, 225)), "blanket": (24, (130, 150, 200)),
+         "bed topper": (38, (90, 135, 180)), "mattress": (100, (90, 135, 180))},
+        {"polyester": 0.80, "cotton": 1.00, "wool": 1.35, "goose down": 1.80},
+        {("cooling fabric", "cool-touch fabric"): 1.15, ("anti-allergy treatment", "hypoallergenic treatment"): 1.12,
+         ("removable cover", "zip-off cover"): 1.10, ("organic certificate", "certified organic label"): 1.25}),
+    "Displays": Category("tech", "diagonal", ("inch", "inches", "in"), 1.30, (), "panel",
+        {"monitor": (95, (22, 24, 27, 32)), "television": (150, (32, 40, 50)), "portable display": (85, (13, 15, 17)),
+         "photo frame": (41, (7, 10, 15)), "pen tablet": (100, (10, 13, 16))},
+        {"TN": 0.85, "VA": 0.95, "IPS": 1.10, "OLED": 1.50},
+        {("high refresh rate", "fast 144 Hz refresh"): 1.25, ("4K resolution", "ultra-HD resolution"): 1.35,
+         ("height-adjustable stand", "adjustable stand"): 1.10, ("dead pixels", "a few stuck pixels"): 0.65}),
+    "Furniture": Category("home", "width", ("centimetre", "centimetres", "cm"), 0.70, (), "frame",
+        {"writing desk": (100, (100, 120, 140)), "bookcase": (80, (60, 80, 100)), "sideboard": (150, (100, 120, 160)),
+         "coffee table": (70, (80, 100, 120)), "dining table": (165, (120, 160, 200))},
+        {"chipboard": 0.75, "pine": 0.90, "oak": 1.30, "walnut": 1.60},
+        {("soft-close drawers", "drawers that close softly"): 1.20, ("tempered glass top", "toughened glass top"): 1.25,
+         ("assembly service", "assembly at home"): 1.15, ("showroom wear", "shop-floor marks"): 0.65}),
+    "Instruments": Category("play", "length", ("inch", "inches", "in"), 1.20, (), "body",
+        {"tambourine": (15, (8, 10)), "ukulele": (50, (21, 23, 26)), "djembe": (70, (20, 24, 26)),
+         "acoustic guitar": (115, (36, 38, 41)), "cello": (260, (38, 42, 48))},
+        {"basswood": 0.80, "maple": 1.05, "mahogany": 1.25, "rosewood": 1.55},
+        {("padded carry bag", "padded gig bag"): 1.10, ("hand-painted finish", "hand-painted artwork"): 1.20,
+         ("electric pickup", "built-in pickup"): 1.30, ("repaired crack", "mended crack"): 0.60}),
+}
+
+# Wordings. A template names the facts it states in braces; noun, part and dimension are always known and state nothing.
+FACTS = {"brand", "size", "material", "features", "pack", "colour", "warranty", "shop"}
+COUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 10: "ten", 12: "twelve"}
+PACKS = ("{n}-pack", "pack of {n}", "set of {n}", "pack of {word}", "set of {word}", "box of {n}", "bundle of {word}")
+CHATTER = {                     # does not move the price
+    "colour": ("black", "white", "grey", "navy", "teal", "crimson", "olive", "mustard", "lilac", "sand", "sky blue",
+               "sage green", "off-white", "burgundy"),
+    "warranty": ("2-year warranty", "12-month guarantee", "one year of cover", "limited warranty", "3-year guarantee"),
+    "shop": ("free returns", "ships in 24 hours", "while stocks last", "a popular gift", "top rated", "new arrival"),
+}
+TITLES = (
+    "{brand} {material} {noun}, {size}",          "{brand} {noun} {size} {material}",
+    "{size} {material} {noun} by {brand}",        "{noun} - {brand} - {size}",
+    "{material} {noun} ({size}) in {colour}",     "{brand} {size} {noun}, {colour}",
+    "{noun}, {size}, {colour}, {brand}",          "{brand} | {noun} | {size} | {material}",
+    "{material} {noun} from {brand}, {colour}",   "{brand} {colour} {noun}",
+    "{brand} {noun} with {features}",             "{size} {noun} with {features}, {colour}",
+    "{colour} {material} {noun}, {features}",     "{brand} {size} {material} {noun} + {features}",
+    "{pack} {brand} {noun} {size}",               "{brand} {size} {material} {noun} - {pack}",
+    "{noun} {size}, {pack}, {colour}",            "{pack}: {material} {noun}, {size}",
+    "{noun} by {brand} ({pack})",                 "{brand} {noun}, {pack}, {features}",
+)
+STYLES = (                      # joiners, templates: prose, specification list, terse
+    ((". ",),
+     ("made by {brand}", "from {brand}", "by the makers at {brand}", "{brand} puts its name on this {noun}",
+      "the {dimension} is {size}", "it has a {dimension} of {size}", "{size} in {dimension}",
+      "{material} {part}", "the {part} is {material}", "its {part} is made of {material}", "we chose {material}",
+      "comes with {features}", "it has {features}", "note the {features}", "you get {features}",
+      "sold as a {pack}", "this is a {pack}", "you receive one {pack}",
+      "in {colour}", "finished in {colour}", "{colour} looks good anywhere", "{warranty}", "with {warranty}", "{shop}",
+      "{material} {noun} from {brand}", "a {noun} in {material} with {features}", "{brand} makes it in {material}",
+      "{brand} sells it as a {pack}", "{material} {part}, {dimension} of {size}", "{shop}, with {warranty}")),
+    (("; ", ". ", " | ", ", "),
+     ("brand: {brand}", "maker: {brand}", "{dimension}: {size}", "{dimension} {size}", "{part}: {material}",
+      "{part} in {material}", "features: {features}", "extras: {features}", "quantity: {pack}", "contents: {pack}",
+      "colour: {colour}", "service: {warranty}", "{warranty}", "{shop}")),
+    ((", ", " / ", " - "),
+     ("{brand}", "{size}", "{material}", "{material} {part}", "{features}", "with {features}", "{pack}", "{colour}",
+      "{warranty}", "{shop}", "{size} {dimension}", "{brand} {noun}")),
+)
+
+
+def _pick(rng, options):
+    """One of `options`. `rng.choice` may change between Pythons, `rng.random` may not."""
+    return options[int(rng.random() * len(options))]
+
+
+def _shuffled(rng, options):
+    return sorted(options, key=lambda _: rng.random())
+
+
+def _draw(rng) -> Factors:
+    """Draw an item's factors until its fair price lies in FAIR_RANGE."""
+    while True:
+        name = _pick(rng, tuple(CATEGORIES))
+        category = CATEGORIES[name]
+        noun = _pick(rng, tuple(category.nouns))
+        factors = Factors(
+            category=name,
+            brand=_pick(rng, [brand for brand, (_, sells) in BRANDS.items() if category.department in sells.split()]),
+            noun=noun,
+            size=_pick(rng, category.nouns[noun][1]),
+            material=_pick(rng, tuple(category.materials)),
+            features=tuple(_shuffled(rng, category.features)[:_pick(rng, (0, 1, 1, 2, 2, 3))]),
+            count=_pick(rng, category.packs) if category.packs and rng.random() < PACK_SHARE else 1)
+        if FAIR_RANGE[0] <= _fair_price(factors) <= FAIR_RANGE[1]:
+            return factors
+
+
+def _fair_price(factors: Factors) -> float:
+    """The formula at the top of this file, in dollars."""
+    category = CATEGORIES[factors.category]
+    base, sizes = category.nouns[factors.noun]
+    price = base * (factors.size / sizes[0]) ** category.power
+    price *= category.materials[factors.material] * BRANDS[factors.brand][0]
+    for wordings in factors.features:
+        price *= category.features[wordings]
+    return round(price * factors.count ** PACK_POWER, 4)    # hides the last bit, in which maths libraries differ
+
+
+def _noisy(rng, fair_price: float) -> float:
+    """fair_price * exp(SIGMA * z) in cents, z by Box and Muller; z is drawn again while the price is out of range."""
+    while True:
+        z = math.sqrt(-2 * math.log(1 - rng.random())) * math.cos(2 * math.pi * rng.random())
+        price = round(fair_price * math.exp(SIGMA * z), 2)
+        if PRICE_RANGE[0] <= price <= PRICE_RANGE[1]:
+            return price
+
+
+@lru_cache(maxsize=None)
+def _facts(template: str) -> frozenset:
+    """The facts that a template states."""
+    return frozenset(re.findall(r"{(\w+)}", template)) & FACTS
+
+
+def _pick_fitting(rng, templates, facts):
+    """One of the templates that state nothing outside `facts`."""
+    return _pick(rng, [template for template in templates if _facts(template) <= facts])
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _write(rng, factors: Factors) -> tuple:
+    """Word the factors as (title, description): what the title does not state, the description does."""
+    category = CATEGORIES[factors.category]
+    one, many, short = category.unit
+    size = format(factors.size, "g")
+    features = [_pick(rng, wordings) for wordings in factors.features]
+    said = {"brand": factors.brand, "noun": factors.noun, "material": factors.material,
+            "part": category.part, "dimension": category.dimension}
+    said.update((name, _pick(rng, wordings)) for name, wordings in CHATTER.items())
+    facts = {"brand", "size", "material"} | ({"features"} if features else set())
+    if factors.count > 1:
+        facts.add("pack")
+        said["pack"] = _pick(rng, PACKS).format(n=factors.count, word=COUNTS[factors.count])
+
+    template = _pick_fitting(rng, TITLES, facts | {"colour"})
+    said["size"] = _pick(rng, (f"{size}-{one}", f"{size} {short}", f"{size}{short}"))
+    said["features"] = features[0] if features else ""      # a title has room for one
+    title = template.format_map(said)
+    if rng.random() < 0.5:
+        title = " ".join(map(_capital, title.split(" ")))
+
+    left = facts - _facts(template)
+    left.update(_shuffled(rng, CHATTER)[:_pick(rng, (1, 1, 1, 2))])
+    if "{features}" in template and features[1:]:
+        features = features[1:]
+        left.add("features")
+    said["size"] = _pick(rng, (f"{size} {many}", f"{size} {short}"))
+    said["features"] = _pick(rng, (" and ", ", ", " plus ")).join(features)
+    return _capital(title), _describe(rng, said, left)
+
+
+def _describe(rng, said: dict, left: set) -> str:
+    """State every fact of `left` once, in one style and any order."""
+    joiners, templates = _pick(rng, STYLES)
+    joiner = _pick(rng, joiners)
+    phrases = []
+    while left:
+        template = _pick_fitting(rng, templates, left)
+        left = left - _facts(template)
+        phrase = template.format_map(said)
+        phrases.append(_capital(phrase) if joiner == ". " else phrase)
+    return _capital(joiner.join(phrases)) + ("." if joiner == ". " else "")
+
+
+def generate(n: int, seed: int = 0) -> list[dict]:
+    """The first `n` items of catalogue `seed`: title, category, brand, description, price, fair_price (US dollars)."""
+    if n < 1:
+        raise ValueError(f"n, the number of items, must be at least 1, not {n}")
+    items = []
+    for i in range(n):
+        rng = random.Random(f"{seed}:{i}")      # a string is hashed by SHA-512, the same everywhere
+        factors = _draw(rng)
+        title, description = _write(rng, factors)
+        fair_price = _fair_price(factors)
+        items.append({"title": title, "category": factors.category, "brand": factors.brand, "description": description,
+                      "price": _noisy(rng, fair_price), "fair_price": fair_price})
+    return items
+
+
+def least_error(fair_price: float, sigma: float = SIGMA) -> float:
+    """The mean absolute error, in dollars, of the best guess for one item: its median, fair_price.
+
+    With X = exp(sigma Z):  E|X - 1| = E(X - 1)+ + E(1 - X)+, and as E[X; Z > 0] = exp(sigma^2 / 2) Phi(sigma),
+    the two are exp(sigma^2 / 2) Phi(sigma) - 1/2 and 1/2 - exp(sigma^2 / 2) Phi(-sigma). Their sum times fair_price is
+    fair_price exp(sigma^2 / 2) (2 Phi(sigma) - 1), and 2 Phi(sigma) - 1 = erf(sigma / sqrt 2).
+    """
+    return fair_price * math.exp(sigma ** 2 / 2) * math.erf(sigma / math.sqrt(2))
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m pricing.catalogue", description="Print made-up products.")
+    parser.add_argument("n", type=int, help="how many items")
+    parser.add_argument("--seed", type=int, default=0, help="which catalogue (default: 0)")
+    args = parser.parse_args()
+    try:
+        for item in generate(args.n, args.seed):
+            print(json.dumps(item))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

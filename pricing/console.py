@@ -1,0 +1,35 @@
+"""What a person sees in the terminal: colours, the first example with its loss mask, a priced item, a table."""
+
+import os
+import sys
+
+from pricing.prompt import Example
+
+CODES = {"green": "32", "yellow": "33", "red": "31", "learnt": "1;35", "dim": "2"}
+
+
+def paint(text: str, colour: str) -> str:
+    """ANSI colour where a person looks on: not in files and pipes, and never with NO_COLOR set (no-color.org)."""
+    if os.environ.get("NO_COLOR") or not (sys.stdout.isatty() or os.environ.get("FORCE_COLOR")):
+        return text
+    return f"\033[{CODES[colour]}m{text}\033[0m"
+
+
+def show_example(example: Example, tokenizer) -> str:
+    """The decoded prompt, and in [brackets] and colour the tokens that carry the loss."""
+    answer = "".join(f"[{tokenizer.decode([token])}]" for token in example.answer)
+    return "  | " + (tokenizer.decode(example.prompt) + paint(answer, "learnt")).replace("\n", "\n  | ")
+
+
+def show_guess(title: str, truth: float, guess: float, colour: str) -> str:
+    line = f"guess ${guess:>4.0f}  truth ${truth:>7.2f}  off by ${abs(guess - truth):>7.2f}"
+    return f"{paint(line, colour)}  {title[:60]}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns as wide as their widest cell; the first is text, the others are numbers."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for row in [header, ["-" * w for w in widths], *rows]:
+        lines.append("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))))
+    return "\n".join(lines)

@@ -1,0 +1,169 @@
+"""Items: what is priced. Rows of JSONL, CSV or Parquet in, checked `Item`s out; every row left out is counted by reason.
+
+A row has `price` (US dollars) and either `text`, or `title` and any of `category`, `brand`, `description`. `split`
+(train, val or test) is optional: without it the split is a hash of the normalised title, so that variants of one product never
+lie on both sides, and training and evaluation agree without a side file.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Iterable, Iterator
+
+MIN_PRICE, MAX_PRICE = 0.50, 999.49  # dollars: what rounds to a whole price from 1 to 999
+TEST_SHARE, VAL_SHARE = 10, 5  # percent of the titles
+SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "dev": "val", "test": "test"}
+# Published data sets hold the finished prompt, answer included: `...Price is $123.00`. The text is what lies between.
+QUESTION = re.compile(r"^(How much|What) does this cost to the nearest dollar\?\s*")
+ANSWER = re.compile(r"\s*Price is \$[\d.,]*\s*$")
+
+
+@dataclass(frozen=True)
+class Item:
+    id: str
+    title: str
+    text: str  # what the model reads; the price is not in it
+    price: float  # dollars
+    category: str
+    split: str  # train, val or test
+    fair_price: float | None = None  # dollars, the price without its noise, where the data set knows it (catalogue)
+
+    @property
+    def dollars(self) -> int:
+        """The price in whole dollars, half up: 1 to 999"""
+        return math.floor(self.price + 0.5)
+
+
+@dataclass
+class Skipped:
+    """Rows left out, counted by reason, with the first of each to look at."""
+
+    counts: Counter = field(default_factory=Counter)
+    first: dict = field(default_factory=dict)  # reason -> row number
+
+    def add(self, reason: str, row: int) -> None:
+        self.counts[reason] += 1
+        self.first.setdefault(reason, row)
+
+    def __str__(self) -> str:
+        return "; ".join(f"{n:,} {reason} (first: row {self.first[reason]})" for reason, n in self.counts.most_common())
+
+
+def normalise_title(title: str) -> str:
+    """Lower case, letters and digits only: `Acme  Mug, RED` and `acme mug red` are one product."""
+    return " ".join(re.findall(r"\w+", title.lower()))
+
+
+def split_of(title: str) -> str:
+    """train, val or test by a hash of the normalised title: 85, 5 and 10 of 100."""
+    bucket = int.from_bytes(hashlib.sha256(normalise_title(title).encode()).digest()[:8], "big") % 100
+    return "test" if bucket < TEST_SHARE else "val" if bucket < TEST_SHARE + VAL_SHARE else "train"
+
+
+def parse_price(value) -> float:
+    """Dollars from 12.5, "12.50" or "$1,299.00". Raises ValueError with the reason."""
+    if value is None or value == "":
+        raise ValueError("rows without a price")
+    try:
+        price = float(value.strip().lstrip("$").replace(",", "")) if isinstance(value, str) else float(value)
+    except (ValueError, TypeError):
+        raise ValueError("rows with an unreadable price") from None
+    if not MIN_PRICE <= price <= MAX_PRICE:  # NaN fails this too
+        raise ValueError(f"rows with a price outside ${MIN_PRICE:.2f} to ${MAX_PRICE:.2f}")
+    return price
+
+
+def clean(value) -> str:
+    """Any cell as one line of text."""
+    return " ".join(str(value).split()) if value is not None else ""
+
+
+def text_of(row: dict) -> str:
+    """What the model reads: `text` (or `summary`, `prompt`), else title, category, brand and description, a line each."""
+    for key in ("text", "summary", "prompt"):
+        if row.get(key):
+            return ANSWER.sub("", QUESTION.sub("", str(row[key]).strip())).strip()
+    title, brand, description = (clean(row.get(key)) for key in ("title", "brand", "description"))
+    said = brand.lower() in f"{title} {description}".lower()
+    lines = [title, clean(row.get("category")), "" if said else brand, description]
+    return "\n".join(line for line in lines if line)
+
+
+def item_from_row(row: dict, number: int) -> Item:
+    """Raises ValueError with the reason when the row is no item."""
+    if not isinstance(row, dict):
+        raise ValueError("rows that are no object")
+    price = parse_price(row.get("price", row.get("completion")))
+    text = text_of(row)
+    if not re.search(r"\w", text):
+        raise ValueError("rows without text")
+    title = clean(row.get("title")) or text.splitlines()[0]
+    split = clean(row.get("split")).lower()
+    if split and split not in SPLITS:
+        raise ValueError("rows whose split is not train, val or test")
+    fair = row.get("fair_price")
+    return Item(
+        id=clean(row.get("id")) or str(number),
+        title=title,
+        text=text,
+        price=price,
+        category=clean(row.get("category")),
+        split=SPLITS[split] if split else split_of(title),
+        fair_price=None if fair is None else float(fair),
+    )
+
+
+def read_rows(path: str | Path, need_price: bool = True) -> Iterator[tuple[int, dict | None]]:
+    """(row number from 1, row) of a JSONL, CSV or Parquet file; the row is None where a line is no JSON."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"data file {path} does not exist")
+    kind = path.suffix.lower()
+    if kind in (".jsonl", ".ndjson"):
+        with open(path, encoding="utf-8-sig", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    try:
+                        yield number, json.loads(line)
+                    except json.JSONDecodeError:
+                        yield number, None
+    elif kind == ".csv":
+        with open(path, encoding="utf-8-sig", errors="replace", newline="") as lines:
+            reader = csv.DictReader(lines)
+            if need_price and "price" not in (reader.fieldnames or []):
+                raise ValueError(f"{path}: the first line must name the columns, `price` among them")
+            yield from enumerate(reader, 1)
+    elif kind == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            number = 0
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{path} is no readable Parquet file: {error}") from None
+    else:
+        raise ValueError(f"{path}: expected .jsonl, .csv or .parquet")
+
+
+def items_from_rows(rows: Iterable[tuple[int, dict]], source: str, strict: bool = False) -> tuple[list[Item], Skipped]:
+    """Checked items, and what was left out. With `strict` the first bad row is a ValueError that names it."""
+    items, skipped = [], Skipped()
+    for number, row in rows:
+        try:
+            items.append(item_from_row(row, number))
+        except ValueError as reason:
+            if strict:
+                raise ValueError(f"{source}, row {number}: one of the {reason}") from None
+            skipped.add(str(reason), number)
+    if not items:
+        raise ValueError(f"{source} holds no usable item{f': {skipped}' if skipped.counts else ': it is empty'}")
+    return items, skipped

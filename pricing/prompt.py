@@ -1,0 +1,55 @@
+"""The question and the answer, as text and as token ids.
+
+    How much does this cost to the nearest dollar?\\n\\n{text}\\n\\nPrice is $     ->     123.00
+
+Prompt and answer are tokenised apart and their ids joined, so the boundary is exact whatever the tokeniser would have merged
+across it, and training and evaluation see the same ids. The loss mask is "the last n ids", a position, never a search.
+"""
+
+from dataclasses import dataclass
+from typing import Callable
+
+from pricing.items import Item
+
+PROMPT = "How much does this cost to the nearest dollar?\n\n{text}\n\nPrice is $"
+
+
+@dataclass(frozen=True)
+class Example:
+    prompt: list[int]  # token ids up to and with the "$"
+    answer: list[int]  # token ids of `123.00`; the loss is on these and nothing else
+
+
+def answer_text(dollars: int) -> str:
+    return f"{dollars}.00"
+
+
+def encode_prompt(text: str, tokenizer, max_tokens: int, template: str = PROMPT) -> list[int]:
+    """Ids of the question around the item's text; where it is too long, the text is cut, never the question.
+
+    `tokenizer` has encode_prompt, encode_answer and decode. Raises ValueError if the question alone does not fit.
+    """
+
+    def ids_of(part: str) -> list[int]:
+        return tokenizer.encode_prompt(template.replace("{text}", part))
+
+    ids = ids_of(text)
+    if len(ids) <= max_tokens:
+        return ids
+    if len(ids_of("")) >= max_tokens:
+        raise ValueError(f"the question alone takes {len(ids_of(''))} tokens, --max-tokens is {max_tokens}")
+    # Characters, not ids, are cut: the ids of a shorter text are not always a prefix. Bisect for the longest that fits.
+    low, high = 0, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if len(ids_of(text[:middle].rstrip())) <= max_tokens else (low, middle - 1)
+    return ids_of(text[:low].rstrip())
+
+
+def encode_items(items: list[Item], tokenizer, max_tokens: int, template: str = PROMPT) -> list[Example]:
+    """An Example for each item; `max_tokens` bounds the prompt (the answer adds up to 6)."""
+    encode_answer: Callable = tokenizer.encode_answer
+    return [
+        Example(encode_prompt(item.text, tokenizer, max_tokens, template), encode_answer(answer_text(item.dollars)))
+        for item in items
+    ]

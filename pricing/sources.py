@@ -1,0 +1,130 @@
+"""What follows `--data`: the built-in catalogue, pc-parts, a file, or a data set of the Hugging Face hub."""
+
+import hashlib
+import json
+import os
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pricing import catalogue
+from pricing.items import Item, Skipped, items_from_rows, read_rows
+
+# 66,778 PC parts scraped from PCPartPicker in July 2025 (MIT licence); about a quarter carry a price in range.
+PC_PARTS_URL = "https://raw.githubusercontent.com/docyx/pc-part-dataset/06ffc8eec068db5e8145e012ad2ec11e56a7c969/data/jsonl.zip"
+PC_PARTS_SHA256 = "752916c6adfa56e903522acda11526802e88959ef0e13f295096e6bbd5c43137"
+
+
+def cache_directory() -> Path:
+    return Path(os.environ.get("QLORA_CACHE") or Path.home() / ".cache" / "qlora-pricer")
+
+
+def download(url: str, sha256: str, path: Path) -> Path:
+    """Fetch once: checked, then renamed into place. Raises OSError in one line."""
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".download-", delete=False) as part:
+        try:
+            with urllib.request.urlopen(url, timeout=60) as response:
+                size = int(response.headers.get("Content-Length") or 0)
+                with tqdm(desc=f"fetching {path.name}", total=size or None, unit="B", unit_scale=True) as bar:
+                    while chunk := response.read(1 << 16):
+                        part.write(chunk)
+                        bar.update(len(chunk))
+            part.flush()
+            os.fsync(part.fileno())
+            found = hashlib.sha256(Path(part.name).read_bytes()).hexdigest()
+            if found != sha256:
+                raise OSError(f"{url} has sha256 {found}, expected {sha256}: cut short or changed")
+            os.replace(part.name, path)
+        except urllib.error.URLError as error:
+            raise OSError(f"cannot fetch {url}: {error.reason}") from None
+        finally:
+            Path(part.name).unlink(missing_ok=True)
+    return path
+
+
+def pc_parts_rows(archive: Path):
+    """(number, row) of each part with its fields written out; exact duplicates once.
+
+    `price_per_gb` gives the price away and is left out; null fields say nothing and are too.
+    """
+
+    def words(value) -> str:
+        if isinstance(value, list):
+            return " / ".join(str(v) for v in value)
+        return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+    number, seen = 0, set()
+    with zipfile.ZipFile(archive) as files:
+        for name in sorted(n for n in files.namelist() if n.endswith(".jsonl")):
+            category = Path(name).stem.replace("-", " ")
+            for line in files.read(name).decode().splitlines():
+                number += 1
+                part = json.loads(line)
+                title, price = part.pop("name"), part.pop("price")
+                part.pop("price_per_gb", None)
+                fields = [f"{key.replace('_', ' ')}: {words(value)}" for key, value in part.items() if value is not None]
+                row = {"title": title, "category": category, "description": "; ".join(fields), "price": price}
+                if (key := tuple(row.values())) not in seen:
+                    seen.add(key)
+                    yield number, row
+
+
+def hub_rows(name: str):
+    """(number, row) of every Parquet or JSONL file of a hub data set; the split is read off the file's name."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        root = Path(snapshot_download(name, repo_type="dataset", allow_patterns=["*.parquet", "*.jsonl", "*.csv"]))
+    except GatedRepoError:
+        raise OSError(f"data set {name} is gated: accept its terms on its page, then log in with `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise OSError(f"no data set {name!r} on the hub, or it is private: check the name") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OSError(f"cannot fetch data set {name} from the hub: {reason}") from None
+    return folder_rows(root)
+
+
+def folder_rows(root: Path):
+    """(number, row) of the data files below `root`; `train-00000-of-00002.parquet` puts its rows into train."""
+    number = 0
+    for path in sorted(p for kind in ("parquet", "jsonl", "csv") for p in root.rglob(f"*.{kind}")):
+        split = next((s for s in ("train", "val", "test") if path.stem.lower().startswith(s)), None)
+        for _, row in read_rows(path):
+            number += 1
+            if isinstance(row, dict) and split and not row.get("split"):
+                row = row | {"split": split}
+            yield number, row
+
+
+def load_items(data: str, size: int, seed: int, strict: bool = False) -> tuple[list[Item], Skipped, dict]:
+    """Items, rows left out, and the identity of the data for run.json.
+
+    `size` and `seed` are the catalogue's. Raises ValueError or OSError with one clear line.
+    """
+    path = Path(data).expanduser()
+    if data == "catalogue":
+        rows = enumerate(catalogue.generate(size, seed), 1)
+        identity = {"size": size, "seed": seed}
+    elif data == "pc-parts":
+        rows = pc_parts_rows(download(PC_PARTS_URL, PC_PARTS_SHA256, cache_directory() / f"pc-parts-{PC_PARTS_SHA256[:16]}.zip"))
+        identity = {"sha256": PC_PARTS_SHA256}
+        strict = False  # three quarters of the parts have no price: that is how the source is
+    elif path.is_file():
+        rows = read_rows(path)
+        with open(path, "rb") as handle:
+            identity = {"sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+    elif data.count("/") == 1 and not path.suffix and not data.startswith((".", "~", "/")):
+        rows, identity = hub_rows(data), {}
+    else:
+        raise ValueError(f"data file {data} does not exist; --data takes catalogue, pc-parts, a file or a hub data set org/name")
+    items, skipped = items_from_rows(rows, data, strict)
+    return items, skipped, {"data": data, "items": len(items)} | identity
