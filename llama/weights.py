@@ -107,6 +107,7 @@ def load_weights(
     for name, parameter in list(model.named_parameters()):
         parent, _, child = name.rpartition(".")
         kept = torch.float32 if parameter.ndim == 1 else model.compute_dtype  # norms are vectors
-        tensor = checkpoint.read(name, device).to(kept)
+        # A copy: safetensors' tensors are views of the mapped file, and one kept view would keep the whole file in memory.
+        tensor = checkpoint.read(name, device).to(kept, copy=True)
         setattr(model.get_submodule(parent), child, nn.Parameter(tensor, requires_grad=False))
     model.frequency = model.frequency.to(device)

@@ -30,8 +30,8 @@ def inject(
     found = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in wanted]
     unmatched = [t for t in wanted if not any(name.rpartition(".")[2] == t for name, _ in found)]
     if unmatched or not found:
-        linears = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "in_features")})
-        raise ValueError(f"LoRA targets {', '.join(unmatched) or targets!r} name no layer; the model has {', '.join(linears)}")
+        known = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "in_features")})
+        raise ValueError(f"LoRA targets {', '.join(unmatched or [targets])} name no layer; the model has {', '.join(known)}")
     for name, module in found:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, dropout, rslora))

