@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from llama.attention import Layout
@@ -30,6 +29,7 @@ from pricer import add_model_arguments, distributions, load_base, memory_report,
 from pricing.batch import batches, pack
 from pricing.console import show_example
 from pricing.decode import PriceTree, pick
+from pricing.loss import LOSSES, AnswerLoss
 from pricing.prompt import PROMPT, encode_items
 from pricing.sources import load_items
 
@@ -54,6 +54,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group.add_argument("--max-tokens", type=int, default=176, help="tokens of the prompt; longer texts are cut")
     group.add_argument("--strict", action="store_true", help="a bad row is an error instead of a count")
     group = parser.add_argument_group("training")
+    group.add_argument("--loss", default="soft", choices=LOSSES, help="soft: near prices count as nearly right; answer: plain cross-entropy")
+    group.add_argument("--soft-width", type=float, default=0.1, help="relative width of the soft loss's neighbourhood of the true price")
     group.add_argument("--epochs", type=float, default=1.0, help="passes over the training items")
     group.add_argument("--max-steps", type=int, default=None, help="stop after this many optimiser steps")
     group.add_argument("--max-minutes", type=float, default=None, help="stop after this many minutes; the schedule ends there too")
@@ -78,7 +80,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     for name in ("size", "max_tokens", "batch", "accumulate", "log_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("epochs", "lr", "clip", "max_minutes", "max_steps", "val_every", "save_every"):
+    for name in ("epochs", "lr", "clip", "soft_width", "max_minutes", "max_steps", "val_every", "save_every"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
     return args
@@ -113,7 +115,9 @@ def main() -> None:
     print(f"data       {args.data}: {len(items):,} items, {len(train_items):,} to train on" + (f"; left out: {skipped}" if skipped.counts else ""))
 
     # ---- model: quantise, freeze, inject ------------------------------------------------------------------------------
+    started = time.perf_counter()
     model, tokenizer, directory = load_base(args.model, device, dtype, args.bits, args.blocksize, args.double_quant)
+    loaded = f"loaded in {time.perf_counter() - started:.1f} s, peak {peak_memory(device):.2f} GiB"
     if args.resume:
         load_adapter(model, out)
     else:
@@ -131,6 +135,7 @@ def main() -> None:
     val_prompts = [e.prompt for e in encode_items(val_items, tokenizer, args.max_tokens)]
     val_truth = np.array([item.price for item in val_items])
     tree = PriceTree.build(tokenizer.encode_answer)
+    answer_loss = AnswerLoss(args.loss, tree, args.soft_width, device)
     forward_passes = math.ceil(args.epochs * len(examples) / args.batch)
     total_steps = min(math.ceil(forward_passes / args.accumulate), args.max_steps or 10**12)
     val_every = args.val_every or max(1, total_steps // 3)
@@ -142,7 +147,7 @@ def main() -> None:
 
     # ---- the truth, before anything is trained ------------------------------------------------------------------------
     lengths = [len(e.prompt) + len(e.answer) for e in examples]
-    print(f"model      {args.model} on {device}, {args.bits} bits, computing in {str(dtype).removeprefix('torch.')}")
+    print(f"model      {args.model} on {device}, {args.bits} bits, computing in {str(dtype).removeprefix('torch.')}; {loaded}")
     print(memory_report(model))
     print(f"tokens     {sum(lengths):,} an epoch, {np.mean(lengths):.0f} an item, of which {np.mean([len(e.answer) for e in examples]):.1f} carry the loss")
     print(f"steps      {total_steps:,} of {args.batch * args.accumulate} items; first item, what is learnt in colour:")
@@ -188,9 +193,9 @@ def main() -> None:
         total_loss = 0.0
         for batch in window:
             tokens = torch.tensor(batch.tokens, device=device)  # (N,)
-            at, targets = torch.tensor([batch.at, batch.targets], device=device)  # (M,) each
+            at = torch.tensor(batch.at, device=device)  # (M,)
             logits = model(tokens, Layout.packed(batch.lengths, device), at)  # (M, V)
-            loss = F.cross_entropy(logits, targets, reduction="sum") / supervised
+            loss = answer_loss(logits, batch) / supervised
             loss.backward()
             total_loss += loss.item()  # nats a supervised token
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip).item()

@@ -15,10 +15,11 @@ class Batch:
     lengths: list[int]  # (B,) tokens of each example
     at: list[int]  # (M,) index of the token before each answer token
     targets: list[int]  # (M,) the answer tokens
+    examples: list[Example]  # (B,) what it was packed from
 
 
 def pack(examples: list[Example]) -> Batch:
-    batch = Batch([], [], [], [])
+    batch = Batch([], [], [], [], examples)
     for example in examples:
         start = len(batch.tokens)
         first_answer = start + len(example.prompt)

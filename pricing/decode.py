@@ -9,15 +9,15 @@ P(price) is the product of the model's probabilities along its path. A path that
 with the "." of "12.00"; one that does not ("123") ends by itself. No price is then the beginning of another, so the events
 exclude each other, and dividing by their sum gives the exact distribution of the price, given that the model names one.
 
-A node that holds almost no probability (`prune`) is not opened: what it holds is shared evenly among the prices below
-it, which differ by less than ten dollars. Nothing is lost, and the sum stays one.
+A node that is reached with less than the probability `prune` is not opened: what it holds is shared evenly among the prices
+below it. Nothing is lost, the sum stays one, and no price moves by more than what the shut nodes held.
 
 From the distribution, the price is chosen for the error that is measured (Lukasik et al. 2024, arXiv 2403.04182): the median
 has the least expected absolute error, the mean the least squared error; the mode is the likeliest. `greedy` is what
 text generation at temperature 0 would write: digit after digit, each the likeliest, blind to what comes after.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,47 +29,49 @@ PICKS = ("median", "mean", "mode", "greedy")
 
 @dataclass
 class PriceTree:
-    """The token paths of all prices. Node 0 is the prompt; children are numbered breadth first."""
+    """The token paths of all prices. Node 0 is the prompt, inner nodes go on, each leaf is one price; shallow nodes come first."""
 
-    choices: list[int]  # token ids that ever matter, the end mark among them  (k,)
-    end: int  # index of "." in choices
-    levels: list[list[int]] = field(default_factory=list)  # inner nodes by depth
-    parent: list[int] = field(default_factory=list)  # inner node before each node
-    choice: list[int] = field(default_factory=list)  # index in choices of the token that leads to each node
-    price: list[int | None] = field(default_factory=list)  # the price spelt by the path to each node
-    inner: list[bool] = field(default_factory=list)  # some longer price goes through it
+    choices: list[int]  # token ids that ever lead from a node to another  (k,)
+    levels: list[list[int]]  # inner nodes by depth
+    parent: list[int]  # the node before each node
+    choice: list[int]  # index in choices of the token that leads to each node
+    leaf: list[int | None]  # the price at a leaf, None at an inner node
+    spelt: list[int | None]  # the price that the tokens up to a node spell, ended or not
+    number: dict[tuple[int, ...], int]  # path of token ids -> node
 
     @staticmethod
     def build(encode_answer) -> "PriceTree":
         """`encode_answer(text) -> ids`. Raises ValueError where two prices are spelt alike or "." is not one token."""
-        paths = {tuple(encode_answer(str(price))): price for price in range(PRICES)}
-        end = encode_answer(".")
-        if len(paths) < PRICES or () in paths or len(end) != 1:
+        spelling = {price: tuple(encode_answer(str(price))) for price in range(PRICES)}
+        price_of = {path: price for price, path in spelling.items()}
+        end = tuple(encode_answer("."))
+        if len(price_of) < PRICES or () in price_of or len(end) != 1:
             raise ValueError("the tokeniser does not spell every whole dollar from 0 to 999 in a way of its own")
-        prefixes = sorted({path[:n] for path in paths for n in range(len(path) + 1)}, key=lambda p: (len(p), p))
-        number = {prefix: i for i, prefix in enumerate(prefixes)}
-        choices = sorted({token for path in paths for token in path} | set(end))
-        tree = PriceTree(choices, choices.index(end[0]))
-        through = {path[:n] for path in paths for n in range(len(path))}
-        for prefix in prefixes:
-            tree.parent.append(number[prefix[:-1]] if prefix else 0)
-            tree.choice.append(choices.index(prefix[-1]) if prefix else 0)
-            tree.price.append(paths.get(prefix))
-            tree.inner.append(prefix in through)
-            if prefix in through:
-                if len(prefix) == len(tree.levels):
-                    tree.levels.append([])
-                tree.levels[len(prefix)].append(number[prefix])
-        return tree
+        begins = {path[:n] for path in price_of for n in range(len(path))}  # of some longer price
+        paths = {path + end if path in begins else path: price for path, price in price_of.items()}
+        inner = {path[:n] for path in paths for n in range(len(path))}
+        nodes = sorted(inner | set(paths), key=lambda path: (len(path), path))
+        number = {path: node for node, path in enumerate(nodes)}
+        choices = sorted({token for path in paths for token in path})
+        depths = range(max(map(len, paths)))
+        return PriceTree(
+            choices=choices,
+            levels=[[number[p] for p in nodes if p in inner and len(p) == depth] for depth in depths],
+            parent=[number[p[:-1]] if p else 0 for p in nodes],
+            choice=[choices.index(p[-1]) if p else 0 for p in nodes],
+            leaf=[paths.get(p) for p in nodes],
+            spelt=[price_of.get(p, paths.get(p)) for p in nodes],
+            number=number,
+        )
 
-    def below(self) -> np.ndarray:
-        """True where a price lies at or below a node  # (nodes, PRICES)"""
-        table = np.zeros((len(self.parent), PRICES), dtype=bool)
+    def below(self) -> torch.Tensor:
+        """1 where a price lies at or below a node  # (nodes, PRICES) float64"""
+        table = torch.zeros(len(self.parent), PRICES, dtype=torch.float64)
         for node in range(len(self.parent) - 1, -1, -1):
-            if self.price[node] is not None:
-                table[node, self.price[node]] = True
+            if self.leaf[node] is not None:
+                table[node, self.leaf[node]] = 1
             if node:
-                table[self.parent[node]] |= table[node]
+                table[self.parent[node]] += table[node]
         return table
 
 
@@ -81,11 +83,10 @@ def price_distribution(prefill, extend, prompts: list[list[int]], tree: PriceTre
     extend(cache, tokens (B, n), parents (B, n), choices) -> log-probabilities (B, n, k), likeliest tokens (B, n)
     `prune` is the probability below which a node is not opened; 0 opens all.
     """
-    choices = torch.tensor(tree.choices)
+    choices, choice, parent = torch.tensor(tree.choices), torch.tensor(tree.choice), torch.tensor(tree.parent)
     first, _, cache = prefill(prompts, choices)
     rows, device = first.shape[0], first.device
-    children = {n: [c for c in range(1, len(tree.parent)) if tree.parent[c] == n] for level in tree.levels for n in level}
-    below = torch.from_numpy(tree.below()).double()  # (nodes, PRICES)
+    below = tree.below()
     mass = torch.zeros(rows, len(tree.parent), dtype=torch.float64)  # probability of arriving at each node
     mass[:, 0] = 1.0
     slot = torch.zeros(rows, len(tree.parent), dtype=torch.long)  # where a node stands in the cache; 0 is the prompt
@@ -93,34 +94,30 @@ def price_distribution(prefill, extend, prompts: list[list[int]], tree: PriceTre
     used = 1
     for depth, level in enumerate(tree.levels):
         nodes = torch.tensor(level)
+        weights = mass[:, nodes]  # (B, n)
+        opened = weights >= prune
+        total += (weights * ~opened / below[nodes].sum(1)) @ below[nodes]  # shared evenly among the prices below
+        # Each row opens its own nodes, heaviest first; a row with fewer is filled up with nodes that are then ignored.
+        width = int(opened.sum(1).max())
+        if not width:
+            break
+        order = weights.topk(width, dim=1).indices  # (B, width)
         if depth == 0:
-            opened, picked = torch.ones(rows, 1, dtype=torch.bool), torch.zeros(rows, 1, dtype=torch.long)
-            log_probs = first.double().cpu()[:, None]  # (B, 1, k)
+            log_probs = first[:, None]  # (B, 1, k)
         else:
-            # Each row opens its own nodes, heaviest first; rows with fewer are filled up with nodes that are then ignored.
-            weights = mass[:, nodes]  # (B, n)
-            wanted = (weights >= prune).sum(1).max() if prune else len(level)
-            order = weights.topk(int(wanted), dim=1).indices  # (B, n)
-            picked, opened = nodes[order], weights.gather(1, order) >= prune
-            shut = weights.scatter(1, order, torch.where(opened, 0.0, weights.gather(1, order)))
-            total += (shut / below[nodes].sum(1)) @ below[nodes]
-            if not int(wanted):
-                break
-            tokens = choices[torch.tensor(tree.choice)[picked]]  # (B, n)
-            parents = slot.gather(1, torch.tensor(tree.parent)[picked])
-            log_probs = extend(cache, tokens.to(device), parents.to(device), choices)[0].double().cpu()  # (B, n, k)
-            slot.scatter_(1, picked, torch.arange(used, used + int(wanted)).expand(rows, -1))
-            used += int(wanted)
-        chance = mass.gather(1, picked)[:, :, None] * log_probs.exp() * opened[:, :, None]  # (B, n, k)
-        for node in level:
-            at = picked == node  # (B, n), at most one a row
-            chance_here = (chance * at[:, :, None]).sum(1)  # (B, k)
-            if tree.price[node] is not None:
-                total[:, tree.price[node]] += chance_here[:, tree.end]
-            for child in children[node]:
-                mass[:, child] = chance_here[:, tree.choice[child]]
-                if not tree.inner[child]:
-                    total[:, tree.price[child]] += mass[:, child]
+            picked = nodes[order]
+            tokens, parents = choices[choice[picked]], slot.gather(1, parent[picked])
+            log_probs, _ = extend(cache, tokens.to(device), parents.to(device), choices)  # (B, width, k)
+            slot.scatter_(1, picked, torch.arange(used, used + width).expand(rows, -1))
+            used += width
+        chance = torch.zeros(rows, len(level), len(tree.choices), dtype=torch.float64)
+        chance.scatter_(1, order[:, :, None].expand(-1, -1, len(tree.choices)), log_probs.double().exp().cpu())
+        chance *= (weights * opened)[:, :, None]  # (B, n, k): arriving at a node, then writing a token
+        children = [node for node in range(1, len(tree.parent)) if tree.parent[node] in set(level)]
+        children = torch.tensor(children)
+        mass[:, children] = chance[:, torch.searchsorted(nodes, parent[children]), choice[children]]
+        leaves = [node for node in children.tolist() if tree.leaf[node] is not None]
+        total[:, [tree.leaf[node] for node in leaves]] += mass[:, leaves]
     named = total.sum(1, keepdim=True)
     if not torch.isfinite(named).all() or (named <= 0).any():
         raise ValueError("the model gives no finite probability to any price: its weights are damaged or it diverged")
@@ -131,8 +128,7 @@ def price_distribution(prefill, extend, prompts: list[list[int]], tree: PriceTre
 def greedy_prices(prefill, extend, prompts: list[list[int]], tree: PriceTree) -> np.ndarray:
     """What generation at temperature 0 writes, in dollars; NaN where it writes no price  # (B,)"""
     choices = torch.tensor(tree.choices)
-    token_of = torch.tensor(tree.choices)[torch.tensor(tree.choice)].tolist()
-    child = {(tree.parent[n], token_of[n]): n for n in range(1, len(tree.parent))}
+    child = {(tree.parent[n], tree.choices[tree.choice[n]]): n for n in range(1, len(tree.parent))}
     _, top, cache = prefill(prompts, choices)
     node, done = [0] * len(prompts), [False] * len(prompts)
     slots = torch.zeros(len(prompts), 1, dtype=torch.long, device=top.device)
@@ -142,12 +138,12 @@ def greedy_prices(prefill, extend, prompts: list[list[int]], tree: PriceTree) ->
                 following = child.get((node[row], token))
                 done[row] = following is None  # "." or anything that spells no price
                 node[row] = node[row] if following is None else following
-                done[row] |= not tree.inner[node[row]]
+                done[row] |= tree.leaf[node[row]] is not None
         if all(done) or depth == len(tree.levels) - 1:
             break
         _, top = extend(cache, top.view(-1, 1), slots, choices)
         slots = slots + 1
-    return np.array([np.nan if tree.price[n] is None else float(tree.price[n]) for n in node])
+    return np.array([np.nan if tree.spelt[n] is None else float(tree.spelt[n]) for n in node])
 
 
 def pick(distribution: np.ndarray, how: str) -> np.ndarray:

@@ -18,6 +18,7 @@ PROMPT = "How much does this cost to the nearest dollar?\n\n{text}\n\nPrice is $
 class Example:
     prompt: list[int]  # token ids up to and with the "$"
     answer: list[int]  # token ids of `123.00`; the loss is on these and nothing else
+    price: float  # dollars
 
 
 def answer_text(dollars: int) -> str:
@@ -50,6 +51,6 @@ def encode_items(items: list[Item], tokenizer, max_tokens: int, template: str = 
     """An Example for each item; `max_tokens` bounds the prompt (the answer adds up to 6)."""
     encode_answer: Callable = tokenizer.encode_answer
     return [
-        Example(encode_prompt(item.text, tokenizer, max_tokens, template), encode_answer(answer_text(item.dollars)))
+        Example(encode_prompt(item.text, tokenizer, max_tokens, template), encode_answer(answer_text(item.dollars)), item.price)
         for item in items
     ]
