@@ -14,14 +14,14 @@ and every factor is named in the title or the description: a pack that is not me
 that is not mentioned is absent. Colours, warranties and shop phrases do not move the price. A perfect reader recovers
 fair_price, the median of price given the text, and still errs by `least_error(fair_price)` dollars: the floor.
 
-Item 302 of seed 0 is "Set Of Three: Copper Saucepan, 2L", described as
-"Colour: sage green, extras: induction-ready base, non-stick coating, maker: Brightwick". Step by step:
+Item 340 of seed 0 is "Canvas backpack (25-litre) in navy", described as
+"Dunvale / with swivel wheels, rain cover / navy". Step by step:
 
-    a saucepan of 1.5 litres is $17, so one of 2 litres      17.00 * (2 / 1.5) ** 0.55  =  19.91
-    copper 1.95, Brightwick 0.80                             19.91 * 1.95 * 0.80        =  31.07
-    induction base 1.20, non-stick coating 1.15              31.07 * 1.20 * 1.15        =  42.87
-    three of them                                            42.87 * 3 ** 0.85          = 109.07  fair_price
-    and the noise, z = -0.301                                109.07 * exp(0.15 * z)      = 104.26  price
+    a backpack of 18 litres is $32, so one of 25 litres      32.00 * (25 / 18) ** 0.50  = 37.71
+    canvas 1.00, Dunvale 0.84                                37.71 * 1.00 * 0.84        = 31.68
+    swivel wheels 1.22, rain cover 1.06                      31.68 * 1.22 * 1.06        = 40.97
+    a single piece                                           40.97 * 1 ** 0.85          = 40.97  fair_price
+    and the noise, z = -0.464                                40.97 * exp(0.15 * z)      = 38.21  price
 
 The same (seed, i) gives the same item on every machine and Python: all draws come from `Random.random()`, the one
 method whose sequence Python promises to keep, and item i has a generator of its own, so it does not depend on n.
@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 SIGMA = 0.15                    # standard deviation of log(price / fair_price)
-PACK_SHARE = 0.35               # of the items that can come in packs
+PACK_SHARE = 0.20               # of the items that can come in packs
 PACK_POWER = 0.85               # a pack of six costs 6 ** 0.85 = 4.6 times one piece
 FAIR_RANGE = (3.0, 600.0)       # dollars; draws outside are drawn again. 600 leaves 3.4 sigma up to the upper bound
 PRICE_RANGE = (0.50, 999.49)    # dollars; the bounds of every data set here
@@ -68,101 +68,101 @@ class Factors:
 
 
 BRANDS = {                      # multiplier, departments it sells in
-    "Aldermoor":  (1.35, "home field"),   "Brightwick": (0.80, "home tech"),    "Cobaltine":  (1.20, "tech field"),
-    "Dunvale":    (0.75, "home field"),   "Everpine":   (0.95, "field home"),   "Fjordlund":  (1.60, "home field"),
-    "Gryphona":   (1.45, "tech play"),    "Hexaline":   (0.90, "tech home"),    "Ivelle":     (1.90, "home play"),
-    "Junipero":   (1.05, "play home"),    "Kestrelle":  (1.70, "tech field"),   "Lumora":     (1.10, "home tech"),
-    "Mapleford":  (1.25, "field play"),   "Norvik":     (1.00, "tech home"),    "Oddfellow":  (0.85, "play tech"),
-    "Pellucid":   (1.50, "tech play"),    "Quillon":    (1.30, "play tech"),    "Ravenscar":  (1.15, "field tech"),
-    "Solvane":    (0.70, "tech field"),   "Tamberly":   (0.78, "play home"),    "Umbrio":     (1.80, "tech play"),
-    "Vantico":    (0.88, "tech field"),   "Wexcombe":   (1.40, "home play"),    "Yarrowby":   (0.72, "play field"),
+    "Aldermoor":  (1.20, "home field"),   "Brightwick": (0.87, "home tech"),    "Cobaltine":  (1.12, "tech field"),
+    "Dunvale":    (0.84, "home field"),   "Everpine":   (0.97, "field home"),   "Fjordlund":  (1.33, "home field"),
+    "Gryphona":   (1.25, "tech play"),    "Hexaline":   (0.94, "tech home"),    "Ivelle":     (1.47, "home play"),
+    "Junipero":   (1.03, "play home"),    "Kestrelle":  (1.37, "tech field"),   "Lumora":     (1.06, "home tech"),
+    "Mapleford":  (1.14, "field play"),   "Norvik":     (1.00, "tech home"),    "Oddfellow":  (0.91, "play tech"),
+    "Pellucid":   (1.28, "tech play"),    "Quillon":    (1.17, "play tech"),    "Ravenscar":  (1.09, "field tech"),
+    "Solvane":    (0.81, "tech field"),   "Tamberly":   (0.86, "play home"),    "Umbrio":     (1.42, "tech play"),
+    "Vantico":    (0.93, "tech field"),   "Wexcombe":   (1.22, "home play"),    "Yarrowby":   (0.82, "play field"),
 }
 
 CATEGORIES = {
     "Stationery": Category("play", "length", ("page", "pages", "pp"), 0.45, (2, 3, 6, 12), "cover",
         {"notebook": (3.5, (80, 120, 192)), "sketchbook": (5.5, (60, 100, 160)), "planner": (6.5, (120, 180, 240)),
          "journal": (5, (96, 160, 240)), "guest book": (7.5, (64, 96, 128))},
-        {"kraft paper": 0.85, "cardboard": 0.90, "linen": 1.25, "leather": 1.75},
-        {("elastic closure", "elastic band"): 1.12, ("ribbon marker", "bookmark ribbon"): 1.08,
-         ("gilded edges", "gilt page edges"): 1.35, ("pen loop", "loop for a pen"): 1.06}),
+        {"kraft paper": 0.89, "cardboard": 0.92, "linen": 1.18, "leather": 1.52},
+        {("elastic closure", "elastic band"): 1.09, ("ribbon marker", "bookmark ribbon"): 1.06,
+         ("gilded edges", "gilt page edges"): 1.25, ("pen loop", "loop for a pen"): 1.04}),
     "Cables": Category("tech", "length", ("metre", "metres", "m"), 0.60, (2, 3, 5, 10), "sheath",
         {"USB-C cable": (4, (1.5, 2, 3)), "HDMI cable": (5.5, (2, 3, 5)), "ethernet cable": (3.5, (2, 5, 10)),
          "extension cord": (7, (2, 3, 5)), "speaker wire": (5, (5, 10, 15))},
-        {"PVC": 0.85, "rubber": 1.00, "silicone": 1.15, "braided nylon": 1.30},
-        {("gold-plated contacts", "gold-plated plugs"): 1.15, ("right-angle plug", "90-degree plug"): 1.10,
-         ("double shielding", "twin-layer shielding"): 1.25, ("fibre-optic core", "optical core"): 2.00}),
+        {"PVC": 0.89, "rubber": 1.00, "silicone": 1.11, "braided nylon": 1.22},
+        {("gold-plated contacts", "gold-plated plugs"): 1.11, ("right-angle plug", "90-degree plug"): 1.07,
+         ("double shielding", "twin-layer shielding"): 1.18, ("fibre-optic core", "optical core"): 1.68}),
     "Toys": Category("play", "count", ("piece", "pieces", "pcs"), 0.55, (2, 3), "parts",
-        {"jigsaw puzzle": (7, (250, 500, 1000)), "building set": (14, (150, 300, 600)),
-         "marble run": (13, (60, 100, 180)), "magnetic tile kit": (17, (32, 64, 100)), "model railway": (42, (40, 80))},
-        {"cardboard": 0.85, "plastic": 1.00, "bamboo": 1.25, "beech wood": 1.45},
-        {("storage box", "tub to store it in"): 1.10, ("glow-in-the-dark details", "luminous details"): 1.15,
-         ("motorised unit", "electric motor unit"): 1.60, ("missing instructions", "lost manual"): 0.70}),
+        {"jigsaw puzzle": (5.5, (250, 500, 1000)), "building set": (11, (150, 300, 600)),
+         "marble run": (10.5, (60, 100, 180)), "magnetic tile kit": (13.5, (32, 64, 100)), "model railway": (34, (40, 80))},
+        {"cardboard": 0.89, "plastic": 1.00, "bamboo": 1.18, "beech wood": 1.32},
+        {("storage box", "tub to store it in"): 1.07, ("glow-in-the-dark details", "luminous details"): 1.11,
+         ("motorised unit", "electric motor unit"): 1.42, ("missing instructions", "lost manual"): 0.77}),
     "Lighting": Category("home", "power", ("watt", "watts", "W"), 0.50, (2, 4, 6), "shade",
         {"LED bulb": (4, (5, 7, 9, 12)), "desk lamp": (21, (6, 8, 12)), "floor lamp": (48, (12, 18, 24)),
          "ceiling light": (36, (18, 24, 36)), "work light": (20, (20, 30, 50))},
-        {"plastic": 0.85, "aluminium": 1.00, "frosted glass": 1.15, "brass": 1.55},
-        {("dimmer", "adjustable brightness"): 1.15, ("motion sensor", "movement detector"): 1.25,
-         ("app control", "smartphone control"): 1.40, ("chipped paint", "chipped finish"): 0.70}),
+        {"plastic": 0.89, "aluminium": 1.00, "frosted glass": 1.11, "brass": 1.39},
+        {("dimmer", "adjustable brightness"): 1.11, ("motion sensor", "movement detector"): 1.18,
+         ("app control", "smartphone control"): 1.29, ("chipped paint", "chipped finish"): 0.77}),
     "Kitchen": Category("home", "capacity", ("litre", "litres", "L"), 0.55, (2, 3), "body",
-        {"saucepan": (17, (1.5, 2, 3)), "stockpot": (25, (6, 8, 12)), "kettle": (22, (1.2, 1.7, 2)),
-         "mixing bowl": (9, (2, 3, 5)), "casserole dish": (27, (2.5, 4, 6))},
-        {"aluminium": 0.85, "stainless steel": 1.00, "cast iron": 1.40, "copper": 1.95},
-        {("non-stick coating", "non-stick interior"): 1.15, ("glass lid", "see-through lid"): 1.12,
-         ("induction base", "induction-ready base"): 1.20, ("small dents", "minor dents"): 0.72}),
+        {"saucepan": (13.5, (1.5, 2, 3)), "stockpot": (20, (6, 8, 12)), "kettle": (17.5, (1.2, 1.7, 2)),
+         "mixing bowl": (7, (2, 3, 5)), "casserole dish": (22, (2.5, 4, 6))},
+        {"aluminium": 0.89, "stainless steel": 1.00, "cast iron": 1.29, "copper": 1.65},
+        {("non-stick coating", "non-stick interior"): 1.11, ("glass lid", "see-through lid"): 1.09,
+         ("induction base", "induction-ready base"): 1.15, ("small dents", "minor dents"): 0.78}),
     "Luggage": Category("field", "volume", ("litre", "litres", "L"), 0.50, (2, 3), "shell",
         {"backpack": (32, (18, 25, 35)), "duffel bag": (28, (30, 45, 70)), "suitcase": (56, (35, 60, 95)),
          "tote bag": (14, (10, 15, 20)), "messenger bag": (29, (8, 12, 16))},
-        {"polyester": 0.85, "canvas": 1.00, "polycarbonate": 1.25, "leather": 2.05},
-        {("laptop sleeve", "padded laptop pocket"): 1.15, ("swivel wheels", "spinner wheels"): 1.30,
-         ("rain cover", "waterproof cover"): 1.08, ("USB port", "built-in charging port"): 1.18}),
+        {"polyester": 0.89, "canvas": 1.00, "polycarbonate": 1.18, "leather": 1.71},
+        {("laptop sleeve", "padded laptop pocket"): 1.11, ("swivel wheels", "spinner wheels"): 1.22,
+         ("rain cover", "waterproof cover"): 1.06, ("USB port", "built-in charging port"): 1.13}),
     "Audio": Category("tech", "output", ("watt", "watts", "W"), 0.40, (), "cabinet",
-        {"bluetooth speaker": (41, (10, 20, 40)), "soundbar": (85, (60, 120, 240)), "subwoofer": (110, (100, 200, 400)),
-         "amplifier": (100, (30, 50, 100)), "party speaker": (80, (50, 100, 300))},
-        {"plastic": 0.85, "MDF": 1.00, "aluminium": 1.15, "walnut": 1.40},
-        {("voice assistant", "hands-free voice control"): 1.20, ("waterproof casing", "IPX7 waterproofing"): 1.15,
-         ("multi-room streaming", "whole-house streaming"): 1.30, ("minor scratches", "small scuffs"): 0.70}),
+        {"bluetooth speaker": (53, (10, 20, 40)), "soundbar": (110, (60, 120, 240)), "subwoofer": (143, (100, 200, 400)),
+         "amplifier": (130, (30, 50, 100)), "party speaker": (104, (50, 100, 300))},
+        {"plastic": 0.89, "MDF": 1.00, "aluminium": 1.11, "walnut": 1.29},
+        {("voice assistant", "hands-free voice control"): 1.15, ("waterproof casing", "IPX7 waterproofing"): 1.11,
+         ("multi-room streaming", "whole-house streaming"): 1.22, ("minor scratches", "small scuffs"): 0.77}),
     "Drives": Category("tech", "capacity", ("gigabyte", "gigabytes", "GB"), 0.60, (2, 3, 5), "casing",
         {"USB stick": (5, (32, 64, 128)), "memory card": (6.5, (64, 128, 256)), "portable SSD": (43, (500, 1000, 2000)),
          "internal SSD": (31, (250, 500, 1000)), "hard drive": (38, (1000, 2000))},
-        {"plastic": 0.85, "aluminium": 1.05, "rubber": 1.15, "titanium": 1.40},
-        {("hardware encryption", "built-in encryption"): 1.30, ("water resistance", "splash-proof seal"): 1.12,
-         ("high-speed controller", "fast controller"): 1.25, ("refurbished memory", "reconditioned memory"): 0.60}),
+        {"plastic": 0.89, "aluminium": 1.04, "rubber": 1.11, "titanium": 1.29},
+        {("hardware encryption", "built-in encryption"): 1.22, ("water resistance", "splash-proof seal"): 1.09,
+         ("high-speed controller", "fast controller"): 1.18, ("refurbished memory", "reconditioned memory"): 0.68}),
     "Power Tools": Category("field", "rating", ("volt", "volts", "V"), 0.70, (), "housing",
-        {"cordless drill": (60, (12, 18, 24)), "circular saw": (80, (18, 24, 36)), "impact driver": (70, (12, 18, 24)),
-         "angle grinder": (65, (18, 24, 36)), "chainsaw": (120, (18, 36, 60))},
-        {"plastic": 0.90, "nylon": 1.00, "aluminium": 1.15, "magnesium": 1.30},
-        {("brushless motor", "motor without brushes"): 1.35, ("two batteries", "twin battery kit"): 1.45,
-         ("laser guide", "laser line"): 1.12, ("reconditioned parts", "refurbished internals"): 0.65}),
+        {"cordless drill": (75, (12, 18, 24)), "circular saw": (100, (18, 24, 36)), "impact driver": (88, (12, 18, 24)),
+         "angle grinder": (81, (18, 24, 36)), "chainsaw": (150, (18, 36, 60))},
+        {"plastic": 0.92, "nylon": 1.00, "aluminium": 1.11, "magnesium": 1.22},
+        {("brushless motor", "motor without brushes"): 1.25, ("two batteries", "twin battery kit"): 1.32,
+         ("laser guide", "laser line"): 1.09, ("reconditioned parts", "refurbished internals"): 0.72}),
     "Garden": Category("field", "height", ("foot", "feet", "ft"), 0.75, (2, 4), "frame",
-        {"trellis": (23, (4, 6, 8)), "raised bed": (47, (2, 3, 4)), "pergola": (165, (8, 10, 12)),
-         "garden arch": (48, (6, 7, 8)), "gazebo": (135, (8, 10, 12))},
-        {"pine": 0.85, "galvanised steel": 1.05, "cedar": 1.30, "wrought iron": 1.50},
-        {("weatherproof finish", "weather-resistant finish"): 1.10, ("planter boxes", "built-in planters"): 1.25,
-         ("retractable canopy", "fold-back canopy"): 1.35, ("solar lights", "solar-powered lights"): 1.20}),
+        {"trellis": (39, (4, 6, 8)), "raised bed": (80, (2, 3, 4)), "pergola": (280, (8, 10, 12)),
+         "garden arch": (82, (6, 7, 8)), "gazebo": (230, (8, 10, 12))},
+        {"pine": 0.89, "galvanised steel": 1.04, "cedar": 1.22, "wrought iron": 1.36},
+        {("weatherproof finish", "weather-resistant finish"): 1.07, ("planter boxes", "built-in planters"): 1.18,
+         ("retractable canopy", "fold-back canopy"): 1.25, ("solar lights", "solar-powered lights"): 1.15}),
     "Bedding": Category("home", "width", ("centimetre", "centimetres", "cm"), 0.80, (2, 4), "filling",
         {"pillow": (12, (50, 70, 90)), "quilt": (35, (135, 200, 225)), "blanket": (24, (130, 150, 200)),
          "bed topper": (38, (90, 135, 180)), "mattress": (100, (90, 135, 180))},
-        {"polyester": 0.80, "cotton": 1.00, "wool": 1.35, "goose down": 1.80},
-        {("cooling fabric", "cool-touch fabric"): 1.15, ("anti-allergy treatment", "hypoallergenic treatment"): 1.12,
-         ("removable cover", "zip-off cover"): 1.10, ("organic certificate", "certified organic label"): 1.25}),
+        {"polyester": 0.85, "cotton": 1.00, "wool": 1.25, "goose down": 1.55},
+        {("cooling fabric", "cool-touch fabric"): 1.11, ("anti-allergy treatment", "hypoallergenic treatment"): 1.09,
+         ("removable cover", "zip-off cover"): 1.07, ("organic certificate", "certified organic label"): 1.18}),
     "Displays": Category("tech", "diagonal", ("inch", "inches", "in"), 1.30, (), "panel",
-        {"monitor": (95, (22, 24, 27, 32)), "television": (150, (32, 40, 50)), "portable display": (85, (13, 15, 17)),
-         "photo frame": (41, (7, 10, 15)), "pen tablet": (100, (10, 13, 16))},
-        {"TN": 0.85, "VA": 0.95, "IPS": 1.10, "OLED": 1.50},
-        {("high refresh rate", "fast 144 Hz refresh"): 1.25, ("4K resolution", "ultra-HD resolution"): 1.35,
-         ("height-adjustable stand", "adjustable stand"): 1.10, ("dead pixels", "a few stuck pixels"): 0.65}),
+        {"monitor": (209, (22, 24, 27, 32)), "television": (330, (32, 40, 50)), "portable display": (187, (13, 15, 17)),
+         "photo frame": (90, (7, 10, 15)), "pen tablet": (220, (10, 13, 16))},
+        {"TN": 0.89, "VA": 0.96, "IPS": 1.07, "OLED": 1.36},
+        {("high refresh rate", "fast 144 Hz refresh"): 1.18, ("4K resolution", "ultra-HD resolution"): 1.25,
+         ("height-adjustable stand", "adjustable stand"): 1.07, ("dead pixels", "a few stuck pixels"): 0.72}),
     "Furniture": Category("home", "width", ("centimetre", "centimetres", "cm"), 0.70, (), "frame",
-        {"writing desk": (100, (100, 120, 140)), "bookcase": (80, (60, 80, 100)), "sideboard": (150, (100, 120, 160)),
-         "coffee table": (70, (80, 100, 120)), "dining table": (165, (120, 160, 200))},
-        {"chipboard": 0.75, "pine": 0.90, "oak": 1.30, "walnut": 1.60},
-        {("soft-close drawers", "drawers that close softly"): 1.20, ("tempered glass top", "toughened glass top"): 1.25,
-         ("assembly service", "assembly at home"): 1.15, ("showroom wear", "shop-floor marks"): 0.65}),
+        {"writing desk": (200, (100, 120, 140)), "bookcase": (160, (60, 80, 100)), "sideboard": (300, (100, 120, 160)),
+         "coffee table": (140, (80, 100, 120)), "dining table": (330, (120, 160, 200))},
+        {"chipboard": 0.81, "pine": 0.92, "oak": 1.22, "walnut": 1.42},
+        {("soft-close drawers", "drawers that close softly"): 1.15, ("tempered glass top", "toughened glass top"): 1.18,
+         ("assembly service", "assembly at home"): 1.11, ("showroom wear", "shop-floor marks"): 0.72}),
     "Instruments": Category("play", "length", ("inch", "inches", "in"), 1.20, (), "body",
-        {"tambourine": (15, (8, 10)), "ukulele": (50, (21, 23, 26)), "djembe": (70, (20, 24, 26)),
-         "acoustic guitar": (115, (36, 38, 41)), "cello": (260, (38, 42, 48))},
-        {"basswood": 0.80, "maple": 1.05, "mahogany": 1.25, "rosewood": 1.55},
-        {("padded carry bag", "padded gig bag"): 1.10, ("hand-painted finish", "hand-painted artwork"): 1.20,
-         ("electric pickup", "built-in pickup"): 1.30, ("repaired crack", "mended crack"): 0.60}),
+        {"tambourine": (26, (8, 10)), "ukulele": (85, (21, 23, 26)), "djembe": (119, (20, 24, 26)),
+         "acoustic guitar": (196, (36, 38, 41)), "cello": (442, (38, 42, 48))},
+        {"basswood": 0.85, "maple": 1.04, "mahogany": 1.18, "rosewood": 1.39},
+        {("padded carry bag", "padded gig bag"): 1.07, ("hand-painted finish", "hand-painted artwork"): 1.15,
+         ("electric pickup", "built-in pickup"): 1.22, ("repaired crack", "mended crack"): 0.68}),
 }
 
 # Wordings. A template names the facts it states in braces; noun, part and dimension are always known and state nothing.

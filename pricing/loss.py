@@ -22,7 +22,7 @@ from pricing.batch import Batch
 from pricing.decode import PRICES, PriceTree
 from pricing.prompt import Example
 
-LOSSES = ("soft", "answer")
+LOSSES = ("answer", "soft")
 
 
 class AnswerLoss:
