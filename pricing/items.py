@@ -98,6 +98,8 @@ def item_from_row(row: dict, number: int) -> Item:
     """Raises ValueError with the reason when the row is no item."""
     if not isinstance(row, dict):
         raise ValueError("rows that are no object")
+    if row.get("repeated"):
+        raise ValueError("rows that repeat an earlier one")
     price = parse_price(row.get("price", row.get("completion")))
     text = text_of(row)
     if not re.search(r"\w", text):

@@ -50,7 +50,7 @@ def download(url: str, sha256: str, path: Path) -> Path:
 
 
 def pc_parts_rows(archive: Path):
-    """(number, row) of each part with its fields written out; exact duplicates once.
+    """(number, row) of each part with its fields written out; an exact repetition is yielded as one, to be counted.
 
     `price_per_gb` gives the price away and is left out; null fields say nothing and are too.
     """
@@ -71,9 +71,9 @@ def pc_parts_rows(archive: Path):
                 part.pop("price_per_gb", None)
                 fields = [f"{key.replace('_', ' ')}: {words(value)}" for key, value in part.items() if value is not None]
                 row = {"title": title, "category": category, "description": "; ".join(fields), "price": price}
-                if (key := tuple(row.values())) not in seen:
-                    seen.add(key)
-                    yield number, row
+                key = tuple(row.values())
+                yield number, row | {"repeated": key in seen and price is not None}
+                seen.add(key)
 
 
 def hub_rows(name: str):

@@ -1,0 +1,187 @@
+"""The three scripts as a user runs them, on a tiny random model: prices are learnt, numbers repeat, errors are one line."""
+
+import csv
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import byte_tokenizer_json, hugging_face_model, tiny_config
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = {"tin": 8, "brass": 45, "silver": 260, "gold": 820}
+
+
+def run(*arguments, code=0):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    result = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == code, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny model, a data file whose price is told by one word, and a trained run."""
+    place = tmp_path_factory.mktemp("end_to_end")
+    hugging_face_model(tiny_config(vocab_size=256, tie_word_embeddings=True), place / "model")
+    (place / "model" / "tokenizer.json").write_text(json.dumps(byte_tokenizer_json()))
+    rng = random.Random(0)
+    rows = []
+    for n in range(700):
+        word = rng.choice(list(WORDS))
+        price = round(WORDS[word] * rng.uniform(0.9, 1.1), 2)
+        rows.append({"title": f"{word} {n}", "price": price, "category": "ring", "description": " ".join([word] * 8)})
+    (place / "items.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"title": "x", "price": "N/A"}\n')
+    options = ["--lr", "5e-3", "--epochs", "3", "--batch", "16", "--val-items", "20", "--max-tokens", "140"]
+    out, _ = run("train.py", "--model", place / "model", "--data", place / "items.jsonl", "--out", place / "out", *options)
+    (place / "train.txt").write_text(out)
+    run("evaluate.py", "--ckpt", place / "out", "--quiet")
+    return place
+
+
+def metrics_of(place, out="out"):
+    return json.loads((place / out / "report" / "metrics.json").read_text())
+
+
+def test_the_error_falls_far_below_the_constants(place):
+    metrics = metrics_of(place)
+    assert metrics["ratio"] < 0.35
+    assert metrics["comparison"]["untuned model"]["ratio"] > 0.6
+    assert metrics["n"] > 40
+
+
+def test_the_truth_is_printed_before_training(place):
+    out = (place / "train.txt").read_text()
+    for words in ("left out: 1 rows with an unreadable price (first: row 701)", "trainable (LoRA), float32", "frozen linears, NF4", "carry the loss"):
+        assert words in out
+    first = out.split("what is learnt in colour:")[1]
+    assert "Price is $[" in first and "[.][0][0]" in first
+    assert out.rstrip().endswith(f"now run    python evaluate.py --ckpt {place / 'out'}/")
+
+
+def test_checkpoint_is_complete_and_without_pickle(place):
+    files = {str(p.relative_to(place / "out")) for p in (place / "out").rglob("*") if p.is_file()}
+    report = {f"report/{n}" for n in ("metrics.json", "predictions.csv", "scatter.png", "comparison.png", "report.html")}
+    state = {"state/optimiser.safetensors", "state/progress.json"}
+    assert files == {"adapter_model.safetensors", "adapter_config.json", "run.json", "metrics.jsonl"} | report | state
+    lines = [json.loads(line) for line in (place / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "loss", "lr", "tokens_per_second", "peak_memory_gib"} <= set(lines[0])
+    record = json.loads((place / "out" / "run.json").read_text())
+    assert record["options"]["bits"] == 4 and record["steps"] == lines[-1]["step"] and "sha256" in record["data"]
+
+
+def test_evaluating_twice_gives_the_same_numbers(place):
+    first, rows = metrics_of(place), (place / "out" / "report" / "predictions.csv").read_text()
+    run("evaluate.py", "--ckpt", place / "out", "--quiet", "--no-untuned", "--batch", "7")
+    second = metrics_of(place)
+    assert (place / "out" / "report" / "predictions.csv").read_text() == rows
+    assert {k: v for k, v in first.items() if k not in ("seconds", "comparison")} == {
+        k: v for k, v in second.items() if k not in ("seconds", "comparison")
+    }
+
+
+@pytest.mark.parametrize("decode", ["greedy", "mode", "mean"])
+def test_other_ways_to_decode(place, decode):
+    out, _ = run("evaluate.py", "--ckpt", place / "out", "--no-untuned", "--decode", decode, "--items", "9")
+    assert out.count("off by $") == 9 + 1  # a line an item, and the summary
+    assert metrics_of(place)["decode"] == decode and metrics_of(place)["n"] == 9
+
+
+def test_predict_prices_a_text_and_a_file(place):
+    gold, _ = run("predict.py", "--ckpt", place / "out", "gold 3\nring\n" + " ".join(["gold"] * 8))
+    tin, _ = run("predict.py", "--ckpt", place / "out", "tin 3\nring\n" + " ".join(["tin"] * 8))
+    price = [int(line.split()[0].lstrip("$")) for line in (gold, tin)]
+    assert price[0] > 500 and price[1] < 60 and "(80 %: $" in gold
+    (place / "new.csv").write_text("title,category,description\n" + "".join(f"{w} 3,ring,{' '.join([w] * 8)}\n" for w in ("gold", "tin")))
+    table, _ = run("predict.py", "--ckpt", place / "out", "--file", place / "new.csv")
+    lines = table.strip().splitlines()
+    assert lines[0] == "text,price,low,high" and len(list(csv.reader(io.StringIO(table)))) == 3
+    prices = [int(r[1]) for r in list(csv.reader(io.StringIO(table)))[1:]]
+    assert prices[0] > 500 and prices[1] < 60
+
+
+def test_16_bits_and_bfloat16_and_the_soft_loss_run(place):
+    options = ["--bits", "16", "--dtype", "bf16", "--loss", "soft", "--max-steps", "3", "--val-items", "0", "--optimiser", "sgd", "--max-tokens", "120"]
+    run("train.py", "--model", place / "model", "--data", place / "items.jsonl", "--out", place / "out16", *options)
+    out, _ = run("evaluate.py", "--ckpt", place / "out16", "--quiet", "--no-untuned", "--dtype", "bf16", "--items", "5")
+    assert "5 held-out items" in out
+
+
+def test_accumulating_equals_the_large_batch(place):
+    """Same items, same window, so the same adapter: a mean over all supervised tokens, not a mean of means."""
+    common = ["train.py", "--model", place / "model", "--data", place / "items.jsonl", "--dtype", "fp32", "--max-steps", "4", "--val-items", "0"]
+    run(*common, "--batch", "12", "--out", place / "large")
+    run(*common, "--batch", "4", "--accumulate", "3", "--out", place / "small")
+    large, small = (load_file(place / name / "adapter_model.safetensors") for name in ("large", "small"))
+    difference = max((large[k] - small[k]).abs().max().item() for k in large)
+    assert difference < 2e-4, difference
+    losses = [[json.loads(x)["loss"] for x in (place / n / "metrics.jsonl").read_text().splitlines()] for n in ("large", "small")]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+
+
+def test_a_resumed_run_equals_an_unbroken_one(place):
+    common = ["--model", place / "model", "--data", place / "items.jsonl", "--val-items", "0", "--dropout", "0.1", "--batch", "8", "--dtype", "fp32"]
+    run("train.py", *common, "--max-steps", "6", "--out", place / "whole")
+    # Killed right after the checkpoint of step three.
+    killed = """
+import contextlib, sys, train
+plain = train.write_directory
+@contextlib.contextmanager
+def once(out):
+    with plain(out) as part:
+        yield part
+    sys.exit(9)
+train.write_directory = once
+train.main()
+"""
+    run("-c", killed, *common, "--max-steps", "6", "--save-every", "3", "--out", place / "broken", code=9)
+    run("train.py", "--resume", "--out", place / "broken")
+    whole, broken = (load_file(place / n / "adapter_model.safetensors") for n in ("whole", "broken"))
+    assert all((whole[k] == broken[k]).all() for k in whole)
+    steps = [json.loads(x)["step"] for x in (place / "broken" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(place, tmp_path):
+    model, data = ["--model", place / "model"], ["--data", place / "items.jsonl"]
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("do not lose me")
+    cases = [
+        (["train.py", *model, "--data", tmp_path / "no.jsonl"], "no.jsonl does not exist"),
+        (["train.py", *model, "--data", tmp_path / "empty.jsonl"], "empty.jsonl holds no usable item: it is empty"),
+        (["train.py", *model, *data, "--strict"], "items.jsonl, row 701: one of the rows with an unreadable price"),
+        (["train.py", "--model", tmp_path / "bare", *data], "config.json does not exist|has neither tokenizer.json"),
+        (["train.py", "--model", "nonsense", *data], "nonsense does not exist; --model takes"),
+        (["train.py", *model, *data, "--targets", "wq"], "LoRA targets wq name no layer"),
+        (["train.py", *model, *data, "--out", tmp_path / "full"], "full exists and is no earlier run"),
+        (["train.py", "--resume", "--out", tmp_path / "bare"], "bare is no checkpoint of train.py"),
+        (["evaluate.py", "--ckpt", tmp_path / "bare"], "bare is no checkpoint of train.py"),
+        (["predict.py", "--ckpt", tmp_path / "nowhere", "mug"], "nowhere is no checkpoint of train.py"),
+        (["predict.py", "--ckpt", place / "out", " "], "the text to price is empty"),
+        (["-m", "llama.gguf", tmp_path / "no.gguf", tmp_path / "x"], "no.gguf does not exist"),
+    ]
+    for arguments, words in cases:
+        out, err = run(*arguments, *(["--out", tmp_path / "o"] if arguments[0] == "train.py" and "--out" not in arguments else []), code=2)
+        last = err.strip().splitlines()[-1]
+        assert last.startswith("error: ") and any(w in last for w in words.split("|")), (arguments, err)
+        assert "Traceback" not in err
+    assert not (tmp_path / "o").exists()
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "do not lose me"
+
+
+def test_data_that_changed_since_training_is_refused(place, tmp_path):
+    import shutil
+
+    shutil.copytree(place / "out", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    record["data"]["sha256"] = "0" * 64
+    (tmp_path / "out" / "run.json").write_text(json.dumps(record))
+    _, err = run("evaluate.py", "--ckpt", tmp_path / "out", code=2)
+    assert "has changed since" in err
