@@ -147,7 +147,7 @@ def main() -> None:
 
     # ---- the truth, before anything is trained ------------------------------------------------------------------------
     lengths = [len(e.prompt) + len(e.answer) for e in examples]
-    print(f"model      {args.model} on {device}, {args.bits} bits, computing in {str(dtype).removeprefix('torch.')}; {loaded}")
+    print(f"model      {args.model} ({directory}) on {device}, {args.bits} bits, computing in {str(dtype).removeprefix('torch.')}; {loaded}")
     print(memory_report(model))
     print(f"tokens     {sum(lengths):,} an epoch, {np.mean(lengths):.0f} an item, of which {np.mean([len(e.answer) for e in examples]):.1f} carry the loss")
     print(f"steps      {total_steps:,} of {args.batch * args.accumulate} items; first item, what is learnt in colour:")

@@ -105,6 +105,25 @@ def test_predict_prices_a_text_and_a_file(place):
     assert prices[0] > 500 and prices[1] < 60
 
 
+def test_merged_weights_give_the_prices_of_the_adapter(place):
+    """Logits of the merged directory, in 16 bits, against base in 4 bits plus adapter; and not those of the plain base."""
+    import torch
+    from conftest import our_model
+
+    from llama.attention import Layout
+    from lora.adapter import load_adapter
+
+    run("-m", "lora.merge", "--ckpt", place / "out", "--base", place / "model", "--out", place / "merged")
+    tokens, layout = torch.arange(40, 100), Layout.packed([60])
+    adapted = our_model(place / "model", bits=4)
+    load_adapter(adapted, place / "out")
+    logits = [model(tokens, layout).detach() for model in (adapted, our_model(place / "merged"), our_model(place / "model"))]
+    far = (logits[2] - logits[0]).norm()
+    assert (logits[1] - logits[0]).norm() < 0.05 * far  # bfloat16 rounding of the merged weights
+    _, err = run("-m", "lora.merge", "--ckpt", place / "out", "--base", place / "model", "--out", place / "merged", code=2)
+    assert "exists" in err
+
+
 def test_16_bits_and_bfloat16_and_the_soft_loss_run(place):
     options = ["--bits", "16", "--dtype", "bf16", "--loss", "soft", "--max-steps", "3", "--val-items", "0", "--optimiser", "sgd", "--max-tokens", "120"]
     run("train.py", "--model", place / "model", "--data", place / "items.jsonl", "--out", place / "out16", *options)

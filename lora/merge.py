@@ -1,0 +1,79 @@
+"""Merge an adapter into its base: a plain Hugging Face style directory that needs neither LoRA nor 4 bits.
+
+    python -m lora.merge --ckpt out/ --base BASE_DIRECTORY --out merged/
+
+    W' = W + scaling * B A        in float32, then bfloat16
+
+What is W? A run with `--bits 4` learnt beside the *dequantised* weight, quantisation error included. Merged into the original
+16-bit weight the sum is another model (pitfalls 1 and 2); so each target is first quantised and dequantised as in training.
+Other tensors are copied. The base is read and written shard by shard.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from lora.adapter import PREFIX
+from lora.checkpoint import write_directory
+from quant.linear import quantise_linear
+
+
+def merged_weight(weight, lora_A, lora_B, scaling: float, bits: int, blocksize: int, double_quant: bool) -> torch.Tensor:
+    """(O, I) in any float dtype, A (R, I), B (O, R) -> (O, I) bfloat16"""
+    frozen = quantise_linear(weight, bits=bits, dtype=weight.dtype, blocksize=blocksize, double_quant=double_quant)
+    return (frozen.dequantise(torch.float32) + scaling * (lora_B.float() @ lora_A.float())).to(torch.bfloat16)
+
+
+def merge(ckpt: Path, base: Path, out: Path) -> int:
+    """Write `out`; returns the number of merged matrices. Raises ValueError in one line when adapter and base do not fit."""
+    try:
+        options = json.loads((ckpt / "run.json").read_text())["options"]
+        config = json.loads((ckpt / "adapter_config.json").read_text())
+        adapter = load_file(ckpt / "adapter_model.safetensors")
+    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{ckpt} is no whole checkpoint of train.py: {error}") from None
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another name")
+    shards = sorted(base.glob("*.safetensors"))
+    if not shards:
+        raise ValueError(f"{base} holds no safetensors")
+    scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    quant = {key: options[key] for key in ("bits", "blocksize", "double_quant")}
+    merged = 0
+    with write_directory(out) as part:
+        for file in base.iterdir():
+            if file.is_file() and file.suffix in (".json", ".model"):
+                shutil.copy(file, part)
+        for shard in shards:
+            with safe_open(shard, framework="pt") as tensors:
+                written = {}
+                for key in tensors.keys():
+                    written[key] = tensors.get_tensor(key)
+                    name = PREFIX + key.removeprefix("model.").removesuffix(".weight")
+                    lora_A, lora_B = adapter.pop(f"{name}.lora_A.weight", None), adapter.pop(f"{name}.lora_B.weight", None)
+                    if lora_A is not None:
+                        written[key] = merged_weight(written[key], lora_A, lora_B, scaling, **quant)
+                        merged += 1
+                save_file(written, part / shard.name, metadata={"format": "pt"})
+        if adapter:
+            raise ValueError(f"{base} lacks the weight that {next(iter(adapter))} belongs to: another base model?")
+    return merged
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ckpt", type=Path, default=Path("out"), help="the directory that train.py wrote (default: out)")
+    parser.add_argument("--base", type=Path, required=True, help="directory of the base model (train.py prints it)")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
+    args = parser.parse_args()
+    try:
+        print(f"merged {merge(args.ckpt, args.base, args.out)} matrices into {args.out}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
