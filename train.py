@@ -114,7 +114,7 @@ def main() -> None:
         raise ValueError(f"{args.data}: none of the {len(items)} items is in the train split")
     print(f"data       {args.data}: {len(items):,} items, {len(train_items):,} to train on" + (f"; left out: {skipped}" if skipped.counts else ""))
 
-    # ---- model: quantise, freeze, inject ------------------------------------------------------------------------------
+    # ---- model: each linear is quantised as it is read (pricer.make_linear), then freeze and inject ------------------------------------------------------------------------------
     started = time.perf_counter()
     model, tokenizer, directory = load_base(args.model, device, dtype, args.bits, args.blocksize, args.double_quant)
     loaded = f"loaded in {time.perf_counter() - started:.1f} s, peak {peak_memory(device):.2f} GiB"
@@ -124,11 +124,11 @@ def main() -> None:
         inject(model, rank=args.rank, alpha=args.alpha, dropout=args.dropout, rslora=args.rslora, targets=args.targets)
     model.train()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    decayed = {"lr": args.lr, "weight_decay": args.weight_decay}
+    settings = {"lr": args.lr, "weight_decay": args.weight_decay}
     if args.optimiser == "adamw":
-        optimiser = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.99), **decayed)
+        optimiser = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.99), **settings)
     else:
-        optimiser = torch.optim.SGD(parameters.values(), momentum=0.9, **decayed)
+        optimiser = torch.optim.SGD(parameters.values(), momentum=0.9, **settings)
 
     # ---- tokens and steps ---------------------------------------------------------------------------------------------
     examples = encode_items(train_items, tokenizer, args.max_tokens)
@@ -143,6 +143,7 @@ def main() -> None:
     if args.resume:
         step, spent = load_state(out / "state", parameters, optimiser)
         metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    # batches() never ends and yields (epoch, examples): cut to what this run still has to do.
     stream = islice(batches(examples, args.batch, args.seed, start=step * args.accumulate), forward_passes - step * args.accumulate)
 
     # ---- the truth, before anything is trained ------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def main() -> None:
     saved_at = None
     while step < total_steps:
         started = time.perf_counter()
-        progress = (step + 0.5) / total_steps
+        progress = (step + 0.5) / total_steps  # the middle of the step, so that neither the first nor the last rate is 0
         if args.max_minutes:
             progress = max(progress, (started - began) / (60 * args.max_minutes))
             if progress >= 1:
@@ -195,7 +196,7 @@ def main() -> None:
             tokens = torch.tensor(batch.tokens, device=device)  # (N,)
             at = torch.tensor(batch.at, device=device)  # (M,)
             logits = model(tokens, Layout.packed(batch.lengths, device), at)  # (M, V)
-            loss = answer_loss(logits, batch) / supervised
+            loss = answer_loss(logits, batch) / supervised  # a sum in nats, divided once for the whole window
             loss.backward()
             total_loss += loss.item()  # nats a supervised token
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip).item()
@@ -225,7 +226,7 @@ def main() -> None:
                 "step": step, "loss": round(total_loss, 5), "lr": rate, "grad_norm": round(norm, 4), "tokens": n_tokens,
                 "tokens_per_second": round(speed, 1), "peak_memory_gib": round(peak_memory(device), 3), "val_mae_dollars": val_mae,
             })  # fmt: skip
-        dollars = "" if val_mae is None else f", off by ${val_mae:.2f} on {len(val_items)} held-out"
+        dollars = "" if val_mae is None else f", off by ${val_mae:.2f} on {len(val_items)} validation items"
         bar.set_postfix_str(f"loss {total_loss:.3f}{dollars}, {speed:,.0f} tokens/s, {peak_memory(device):.2f} GiB")
         bar.update()
         if args.save_every and step % args.save_every == 0:

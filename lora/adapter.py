@@ -2,7 +2,7 @@
 
 PEFT names a factor after the module in transformers' model: `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
 Our names are the same without the leading `base_model.model.` and `model.` (transformers wraps the decoder as `.model`).
-A key that matches nothing is an error: a silently ignored adapter answers like the base model (pitfalls 4 and 5).
+A key that matches nothing is an error: a silently ignored adapter answers like the base model.
 """
 
 import json
@@ -68,6 +68,8 @@ def load_adapter(model: nn.Module, directory: Path) -> None:
             raise ValueError(f"{path}: {key}={config[key]!r} is not supported")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias={config['bias']!r} is not supported")
+    if missing := [key for key in ("r", "lora_alpha", "target_modules") if not config.get(key)]:
+        raise ValueError(f"{path} lacks {missing[0]}")
     targets = config["target_modules"]
     inject(
         model,

@@ -3,6 +3,7 @@
 from torch import nn
 
 from lora.layer import LoRALinear
+from quant.linear import FrozenLinear
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = ATTENTION + ("gate_proj", "up_proj", "down_proj")  # every linear of a block, never lm_head, as in QLoRA
@@ -17,7 +18,7 @@ def target_names(targets: str) -> tuple[str, ...]:
 def inject(
     model: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False, targets: str = "all-linear"
 ) -> list[str]:
-    """Wrap every linear whose last name is in `targets`; return their full names, in order.
+    """Wrap every frozen linear whose last name is in `targets`; return their full names, in order. Once a model.
 
     Raises ValueError where a target names no layer (a typing error would otherwise train a smaller model in silence),
     where rank, alpha or dropout make no sense, and where anything but LoRA factors is left trainable.
@@ -25,16 +26,20 @@ def inject(
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise ValueError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1, got {rank=}, {alpha=}, {dropout=}")
     wanted = target_names(targets)
+    if lora_layers(model):
+        raise ValueError("the model has LoRA layers already")
     model.requires_grad_(False)
     # Collected first: the walk must not step into the layers that it is adding.
-    found = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in wanted]
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
+    found = [(name, module) for name, module in linears if name.rpartition(".")[2] in wanted]
     unmatched = [t for t in wanted if not any(name.rpartition(".")[2] == t for name, _ in found)]
     if unmatched or not found:
-        known = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "in_features")})
+        known = sorted({name.rpartition(".")[2] for name, _ in linears})
         raise ValueError(f"LoRA targets {', '.join(unmatched or [targets])} name no layer; the model has {', '.join(known)}")
     for name, module in found:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, dropout, rslora))
+    # Frozen weights are buffers and cannot appear here; embedding, head and norms are parameters that ask for no gradient.
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     expected = {f"{name}.{factor}" for name, _ in found for factor in ("lora_A", "lora_B")}
     if trainable != expected:

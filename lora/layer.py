@@ -5,7 +5,7 @@
     scaling = alpha / rank            (Hu et al. 2021, arXiv 2106.09685)
     scaling = alpha / sqrt(rank)      rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): keeps the size of the update as rank grows
 
-A starts random and B at zero, so the product starts at zero and training begins exactly at the base model. Rank 16 on a
+A starts random and B at zero, so the product starts at zero and training begins exactly at the (quantised) base model. Rank 16 on a
 576 x 576 layer trains 18,432 numbers instead of 331,776. The arithmetic, backward included, is one function with the
 frozen part, in quant/linear.py: this file only holds the factors.
 """
@@ -19,8 +19,7 @@ from torch import Tensor, nn
 class LoRALinear(nn.Module):
     """A frozen linear plus a trainable low-rank product. (N, I) -> (N, O)
 
-    `base` is a module with `in_features`, `out_features` and
-    `forward(x, x_lora, lora_A, lora_B, scaling)`, as quant.linear.FrozenLinear has.
+    `base` is a quant.linear.FrozenLinear: it adds the product itself, in `forward(x, x_lora, lora_A, lora_B, scaling)`.
     """
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
@@ -30,7 +29,8 @@ class LoRALinear(nn.Module):
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = nn.Dropout(dropout)
         device = next(base.buffers()).device
-        # float32: Adam's steps on a weight of 0.01 are often smaller than a bfloat16 step there (2^-14), and would be lost.
+        # float32: an Adam step is about the learning rate. Once the schedule has lowered that below half a bfloat16 step
+        # (3e-5 for a weight of 0.01), every update of a bfloat16 factor would round to nothing.
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(-1/sqrt(I), 1/sqrt(I)), as in PEFT and loralib
@@ -39,7 +39,7 @@ class LoRALinear(nn.Module):
         return self.base(x, self.dropout(x), self.lora_A, self.lora_B, self.scaling)
 
     def delta(self) -> Tensor:
-        """What training has added to W: scaling * B A  # (O, I) float32"""
+        """What training has added to the dequantised W: scaling * B A  # (O, I) float32"""
         return self.scaling * (self.lora_B @ self.lora_A)
 
     def extra_repr(self) -> str:

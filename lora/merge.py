@@ -5,7 +5,8 @@
     W' = W + scaling * B A        in float32, then bfloat16
 
 What is W? A run with `--bits 4` learnt beside the *dequantised* weight, quantisation error included. Merged into the original
-16-bit weight the sum is another model (pitfalls 1 and 2); so each target is first quantised and dequantised as in training.
+16-bit weight the sum is another model; so each target is first quantised and dequantised as in training (on a CPU here: a run
+trained on CUDA may differ in the few values that quant/nf4.py tells of).
 Other tensors are copied. The base is read and written shard by shard.
 """
 

@@ -70,7 +70,11 @@ def parse_price(value) -> float:
     if value is None or value == "":
         raise ValueError("rows without a price")
     try:
-        price = float(value.strip().lstrip("$").replace(",", "")) if isinstance(value, str) else float(value)
+        if isinstance(value, str):
+            value = value.strip().removeprefix("$")
+            if re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d*)?", value):  # "9,50" is not 950: a decimal comma is unreadable
+                value = value.replace(",", "")
+        price = float(value)
     except (ValueError, TypeError):
         raise ValueError("rows with an unreadable price") from None
     if not MIN_PRICE <= price <= MAX_PRICE:  # NaN fails this too

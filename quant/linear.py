@@ -2,6 +2,8 @@
 
     python -m pytest tests/test_linear.py      # against the dequantised linear in float64, forward and backward
 
+N is all tokens of a batch laid end to end, O and I are what goes out and in, R the rank of LoRA.
+
 What is stored.   W (O, I) lies in memory as NF4 (quant/nf4.py): half a byte a weight plus one absmax for each 64.
                   It is never trained, so it has no gradient and no optimiser state. A (R, I) and B (O, R) are the
                   LoRA factors (lora/layer.py), float32, and the only things that learn.
@@ -13,7 +15,9 @@ What is computed. No arithmetic happens in 4 bits. Each time the layer runs, W i
                       y = x W^T + b                                 (N, O)   the frozen model
                         + scaling * (x_lora A^T) B^T                (N, O)   what is learnt, rank R << I
 
-                  x_lora is x itself, or x after dropout: only the LoRA branch sees dropout.
+                  x_lora is x itself, or x after dropout: only the LoRA branch sees dropout. They are two arguments of one
+                  origin, and autograd adds their two gradients. W is frozen, yet dL/dx is needed: the LoRA factors of
+                  earlier layers learn from it.
 
 What backward needs. With g = dL/dy (N, O) the chain rule gives
 
@@ -25,8 +29,10 @@ What backward needs. With g = dL/dy (N, O) the chain rule gives
 
                   A plain `F.linear(x, dequantise(packed))` would let autograd keep the 16-bit W of every layer until
                   backward: the whole model in 16 bits, and the memory that 4 bits saved is gone. So the function below
-                  saves only the packed weight (no copy: it is the layer's own buffer), x_lora and the small factors.
-                  x itself is not saved, because a frozen W asks for no gradient. The price is a second dequantisation.
+                  saves x_lora, z = x_lora A^T (N, R) and the small factors, and keeps a reference to the layer, whose
+                  packed W it dequantises a second time: that is the price. For W's sake x need not be saved at all; only
+                  the LoRA branch asks for it. W is no argument of the function but a buffer reached through the layer,
+                  so autograd cannot even try to form dL/dW.
 
 In bitsandbytes the same is `bnb.nn.Linear4bit` and `MatMul4Bit` in autograd/_functions.py; there, quantising is a side
 effect of `.to(device)`. Here it is an explicit call, `quantise_linear`, and `.to()` only moves.
@@ -68,7 +74,7 @@ class FrozenLinearFunction(torch.autograd.Function):
         grad_x = grad_x_lora = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
             grad_x = g @ ctx.linear.dequantise(g.dtype)  # (N, I)
-        if ctx.saved_tensors:
+        if ctx.saved_tensors:  # LoRA was given
             x_lora, z, lora_A, lora_B = ctx.saved_tensors
             grad_z = ctx.scaling * (g @ lora_B)  # (N, R)
             grad_B = ctx.scaling * (g.T @ z)  # (O, R)
@@ -121,7 +127,12 @@ class Linear16(FrozenLinear):
 
 
 class LinearNF4(FrozenLinear):
-    """The 4-bit linear: `packed` ((O * I / 2), 1) uint8 and bitsandbytes' QuantState (absmax, code, blocksize, offset)."""
+    """The 4-bit linear: `packed` (ceil(O * I / 2), 1) uint8, and the rest in bitsandbytes' QuantState.
+
+    quant/nf4.py's names in QuantState: NF4_CODE is `code`, absmax and offset keep theirs, absmax_absmax is `state2.absmax`,
+    dynamic_map() is `state2.code`, and `nested` means double quantisation. None of it is ever saved: a base model is
+    quantised again from its files.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, blocksize: int = 64, double_quant: bool = True):
         super().__init__(*weight.shape, bias)

@@ -72,7 +72,7 @@ def test_zeros_survive_and_nan_is_refused():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_cuda_kernels_give_the_same_bits(double_quant):
+def test_cuda_kernels_differ_only_on_the_border_of_two_codes(double_quant):
     """Bytes are allowed to differ only where a weight lies on the border of two codes (the kernel divides otherwise)."""
     weight = torch.randn(576, 1536, generator=torch.Generator().manual_seed(4)).cuda() * 0.03
     packed, state, ours = both(weight, double_quant=double_quant)

@@ -38,6 +38,7 @@ def test_prices_that_are_read(value, dollars):
         ("", "without a price"),
         ("N/A", "unreadable"),
         ([3], "unreadable"),
+        ("9,50", "unreadable"),
         (0, "outside"),
         ("$1,299.00", "outside"),
         (999.50, "outside"),
