@@ -26,14 +26,22 @@ from pricing.sources import load_items
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--ckpt", default="out", help="the directory that train.py wrote")
     parser.add_argument("--data", default=None, help="other data than the run's (its test split is priced)")
     parser.add_argument("--items", type=int, default=None, help="price only the first so many test items")
-    parser.add_argument("--decode", default="median", choices=PICKS, help="how one price is chosen from the distribution")
-    parser.add_argument("--prune", type=float, default=1e-3, help="digit-tree nodes with less probability are not opened")
+    parser.add_argument(
+        "--decode", default="median", choices=PICKS, help="how one price is chosen from the distribution"
+    )
+    parser.add_argument(
+        "--prune", type=float, default=1e-3, help="digit-tree nodes with less probability are not opened"
+    )
     parser.add_argument("--batch", type=int, default=32, help="items in a forward pass")
-    parser.add_argument("--untuned", action=argparse.BooleanOptionalAction, default=True, help="price with the untuned model too")
+    parser.add_argument(
+        "--untuned", action=argparse.BooleanOptionalAction, default=True, help="price with the untuned model too"
+    )
     parser.add_argument("--quiet", action="store_true", help="no line for each item")
     add_model_arguments(parser)
     args = parser.parse_args()
@@ -43,7 +51,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def guess_prices(model, tree, prompts, args, on_guess=None) -> tuple[np.ndarray, np.ndarray, int]:
-    """(guesses (items,) dollars, distributions (items, 1000), parse failures); `on_guess(indices, guesses)` as they come."""
+    """(guesses (items,) dollars, distributions (items, 1000), parse failures); `on_guess(indices, guesses)` as they
+    come."""
     device = model.embed_tokens.weight.device
     guesses = np.full(len(prompts), np.nan)
 
@@ -51,7 +60,10 @@ def guess_prices(model, tree, prompts, args, on_guess=None) -> tuple[np.ndarray,
         if args.decode == "greedy":
             chosen = [prompts[i] for i in indices]
             guesses[indices] = greedy_prices(
-                lambda part, c: model.prefill(part, c.to(device)), lambda k, t, q, c: model.extend(k, t, q, c.to(device)), chosen, tree
+                lambda part, c: model.prefill(part, c.to(device)),
+                lambda k, t, q, c: model.extend(k, t, q, c.to(device)),
+                chosen,
+                tree,
             )
         else:
             guesses[indices] = pick(p, args.decode)
@@ -67,13 +79,22 @@ def main() -> None:
     run = read_run(args.ckpt)
     options = run["options"]
     device = pick_device(args.device)
-    items, skipped, identity = load_items(args.data or options["data"], options["size"], options["data_seed"], options["strict"])
-    if not args.data and (identity.get("sha256"), identity["items"]) != (run["data"].get("sha256"), run["data"]["items"]):
-        raise ValueError(f"{options['data']} has changed since {args.ckpt} was trained on it: its splits cannot be trusted")
+    items, skipped, identity = load_items(
+        args.data or options["data"], options["size"], options["data_seed"], options["strict"]
+    )
+    if not args.data and (identity.get("sha256"), identity["items"]) != (
+        run["data"].get("sha256"),
+        run["data"]["items"],
+    ):
+        raise ValueError(
+            f"{options['data']} has changed since {args.ckpt} was trained on it: its splits cannot be trusted"
+        )
     train = [item for item in items if item.split == "train"]
     test = [item for item in items if item.split == "test"][: args.items]
     if not test or not train:
-        raise ValueError(f"{args.data or options['data']}: no items in the {'train' if test else 'test'} split of {len(items)} items")
+        raise ValueError(
+            f"{args.data or options['data']}: no items in the {'train' if test else 'test'} split of {len(items)} items"
+        )
     truth, categories = np.array([item.price for item in test]), [item.category for item in test]
 
     model, tokenizer = load_run(args.ckpt, run, device, pick_dtype(args.dtype, device))
@@ -84,7 +105,7 @@ def main() -> None:
     def report_on(guess: np.ndarray, failures: int = 0) -> dict:
         return score(truth, guess, constant, categories, failures)
 
-    # ---- fine-tuned -----------------------------------------------------------------------------------------------------
+    # ---- fine-tuned ------------------------------------------------------------------------------------------------
     bar = tqdm(total=len(test), unit="item", dynamic_ncols=True)
 
     def show(indices, guesses):
@@ -105,7 +126,7 @@ def main() -> None:
     metrics["inside_80"] = float(((truth >= low - 0.5) & (truth <= high + 0.5)).mean())
     comparison = {"fine-tuned": metrics}
 
-    # ---- the same model without its adapter, and predictors that read no language ----------------------------------------
+    # ---- the same model without its adapter, and predictors that read no language ----------------------------------
     if args.untuned:
         for layer in lora_layers(model).values():
             layer.lora_B.data.zero_()  # B = 0 is the base model, bit for bit
@@ -114,22 +135,30 @@ def main() -> None:
         comparison["untuned model"] = report_on(np.where(np.isnan(plain), fallback, plain), failed)
     for name, predict in BASELINES.items():
         comparison[name] = report_on(predict(train, test))
-    metrics["comparison"] = {name: {k: m[k] for k in ("mae", "median_error", "rmsle", "hits", "ratio")} for name, m in comparison.items()}
+    metrics["comparison"] = {
+        name: {k: m[k] for k in ("mae", "median_error", "rmsle", "hits", "ratio")} for name, m in comparison.items()
+    }
     if all(item.fair_price is not None for item in test):
         metrics["least_mae"] = float(np.mean([least_error(item.fair_price) for item in test]))
 
-    # ---- report -----------------------------------------------------------------------------------------------------------
+    # ---- report ----------------------------------------------------------------------------------------------------
     about = (
-        f"{options['model']}, {options['bits']} bits, LoRA rank {options['rank']} on {options['targets']}, {run['steps']:,} steps on "
-        f"{options['data']}; {args.decode} of the distribution over whole dollars; {len(train):,} training items, test split by title."
+        f"{options['model']}, {options['bits']} bits, LoRA rank {options['rank']} on {options['targets']}, "
+        f"{run['steps']:,} steps on {options['data']}; {args.decode} of the distribution over whole dollars; "
+        f"{len(train):,} training items, test split by title."
     )
     out = Path(args.ckpt) / "report"
     with write_directory(out) as part:
         write_report(part, metrics, test, guess, (low, high), comparison, about)
-    print(table(["predictor", "mean error", "median error", "RMSLE", "hits", "/ constant"], comparison_rows(comparison)))
+    print(
+        table(["predictor", "mean error", "median error", "RMSLE", "hits", "/ constant"], comparison_rows(comparison))
+    )
     lowest, highest = metrics["mae_ci95"]
-    print(f"\n{len(test):,} held-out items in {seconds:.1f} s: off by ${metrics['mae']:.2f} on average (95 % interval ${lowest:.2f} to ${highest:.2f}),", end=" ")
-    print(f"{metrics['ratio']:.0%} of the constant's ${metrics['constant_mae']:.2f}; {metrics['inside_80']:.0%} inside the 80 % range")
+    print(
+        f"\n{len(test):,} held-out items in {seconds:.1f} s: off by ${metrics['mae']:.2f} on average "
+        f"(95 % interval ${lowest:.2f} to ${highest:.2f}), {metrics['ratio']:.0%} of the constant's "
+        f"${metrics['constant_mae']:.2f}; {metrics['inside_80']:.0%} inside the 80 % range"
+    )
     if "least_mae" in metrics:
         print(f"the least reachable error on these items is ${metrics['least_mae']:.2f}: the catalogue's own noise")
     if failures:

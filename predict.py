@@ -1,7 +1,8 @@
 """Price one description, or a file of them, with an 80 % range.
 
-    python predict.py --ckpt out/ "Steel water bottle, 750 ml, double wall"
-    python predict.py --ckpt out/ --file items.jsonl > prices.csv          .jsonl/.csv/.parquet with text or title, or .txt by line
+python predict.py --ckpt out/ "Steel water bottle, 750 ml, double wall"
+python predict.py --ckpt out/ --file items.jsonl > prices.csv          .jsonl/.csv/.parquet with text or title, or
+.txt by line
 """
 
 import argparse
@@ -20,7 +21,9 @@ def read_texts(path: Path) -> list[str]:
     if path.suffix.lower() == ".txt":
         if not path.is_file():
             raise ValueError(f"{path} does not exist")
-        texts = [(n, line.strip()) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+        texts = [
+            (n, line.strip()) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()
+        ]
     else:
         texts = [(n, text_of(row) if isinstance(row, dict) else "") for n, row in read_rows(path, need_price=False)]
     for number, text in texts:

@@ -1,5 +1,5 @@
-"""Where the rooms meet: what train.py, evaluate.py and predict.py share. `llama/`, `quant/`, `lora/` and `pricing/` do not
-know each other; here a directory becomes a quantised model, and a model becomes prices.
+"""Where the rooms meet: what train.py, evaluate.py and predict.py share. `llama/`, `quant/`, `lora/` and `pricing/`
+do not know each other; here a directory becomes a quantised model, and a model becomes prices.
 """
 
 import json
@@ -35,7 +35,8 @@ def run_main(main: Callable[[], None]) -> None:
         print("\nstopped; nothing half-written is left behind", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError as error:
-        message = f"out of GPU memory ({str(error).splitlines()[0]}); try a smaller --batch, with --accumulate to make up for it"
+        first = str(error).splitlines()[0]
+        message = f"out of GPU memory ({first}); try a smaller --batch, with --accumulate to make up for it"
     except (ValueError, OSError) as error:
         message = str(error)
     else:
@@ -55,7 +56,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, float32 elsewhere. float16 is not offered: its range overflows in training."""
+    """bfloat16 where the hardware multiplies it, float32 elsewhere. float16 is not offered: its range overflows in
+    training."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
@@ -67,18 +69,28 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def add_model_arguments(parser) -> None:
     """The options that say where and in which precision a model runs."""
     group = parser.add_argument_group("hardware")
-    group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: a GPU if there is one")
-    group.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="compute dtype of the linears (default: what is fast)")
+    group.add_argument(
+        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: a GPU if there is one"
+    )
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        help="compute dtype of the linears (default: what is fast)",
+    )
 
 
 def load_base(model_name: str, device, dtype, bits: int, blocksize: int = 64, double_quant: bool = True) -> tuple:
-    """(Llama, Tokenizer, directory): each linear quantised as it is read, embedding and head left in the compute dtype."""
+    """(Llama, Tokenizer, directory): each linear quantised as it is read, embedding and head left in the compute
+    dtype."""
     directory = resolve_model(model_name)
     tokenizer = Tokenizer.from_directory(directory)
     with torch.device("meta"):
         model = Llama(LlamaConfig.from_directory(directory), dtype)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the embedding {model.config.vocab_size}")
+        raise ValueError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the embedding {model.config.vocab_size}"
+        )
 
     def make_linear(weight, bias):
         return quantise_linear(weight, bias, bits=bits, dtype=dtype, blocksize=blocksize, double_quant=double_quant)
@@ -140,8 +152,11 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
 
 
-def distributions(model: Llama, tree: PriceTree, prompts: list[list[int]], batch: int, prune: float, on_batch=None) -> np.ndarray:
-    """P(price) of every prompt, in order (items, 1000); batched by length. `on_batch(indices, P)` sees each batch as it comes."""
+def distributions(
+    model: Llama, tree: PriceTree, prompts: list[list[int]], batch: int, prune: float, on_batch=None
+) -> np.ndarray:
+    """P(price) of every prompt, in order (items, 1000); batched by length. `on_batch(indices, P)` sees each batch as
+    it comes."""
     result = np.zeros((len(prompts), 1000))
     device = model.embed_tokens.weight.device
 

@@ -1,4 +1,5 @@
-"""Write a model directory of a given shape with random weights N(0, 0.02), bfloat16: to measure bytes and seconds, not prices.
+"""Write a model directory of a given shape with random weights N(0, 0.02), bfloat16: to measure bytes and seconds,
+not prices.
 
     python -m benchmarks.random_model --shape 8b --out /tmp/random-8b        16 GB on disk, seconds with a GPU
 
@@ -15,8 +16,9 @@ from tqdm import tqdm
 
 from llama.config import LlamaConfig
 from llama.model import Llama
+from llama.tokenizer import LLAMA3
 
-LLAMA3 = {
+SHARED = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 128256,
@@ -37,12 +39,13 @@ LLAMA3 = {
 }
 SHAPES = {  # hidden, layers, heads, ffn
     "8b": dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=14336),
-    "3b": dict(hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, intermediate_size=8192, tie_word_embeddings=True),
-    "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=8, intermediate_size=96, head_dim=16, vocab_size=1500),
+    "3b": dict(
+        hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, intermediate_size=8192, tie_word_embeddings=True
+    ),
+    "tiny": dict(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=8, intermediate_size=96, head_dim=16, vocab_size=1500
+    ),
 }
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def toy_tokenizer() -> dict:
@@ -55,7 +58,7 @@ def toy_tokenizer() -> dict:
     vocab = {token: i for i, token in enumerate([*(letter[b] for b in range(256)), *pairs, *triples])}
     # BPE joins the pair of lowest rank first: "987" becomes 9 + 87, for 87 comes before 98.
     joins = [(t[0], t[1:]) if t[1:] < t[:2] else (t[:2], t[2]) for t in triples]
-    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
         "version": "1.0",
@@ -65,8 +68,8 @@ def toy_tokenizer() -> dict:
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-            "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
             "vocab": vocab, "merges": [[p[0], p[1]] for p in pairs] + [list(j) for j in joins],
         },
     }  # fmt: skip
@@ -74,12 +77,14 @@ def toy_tokenizer() -> dict:
 
 def write(shape: str, out: Path, device: str, seed: int = 0) -> None:
     """A shard for each layer, one for the rest, and the index."""
-    config = LLAMA3 | SHAPES[shape]
+    config = SHARED | SHAPES[shape]
     with torch.device("meta"):
         model = Llama(LlamaConfig.from_dict(config))
     shards: dict[str, list] = {}
     for name, parameter in model.named_parameters():
-        shards.setdefault(".".join(name.split(".")[:2]) if name.startswith("layers.") else "rest", []).append((name, parameter.shape))
+        shards.setdefault(".".join(name.split(".")[:2]) if name.startswith("layers.") else "rest", []).append(
+            (name, parameter.shape)
+        )
     out.mkdir(parents=True)
     generator = torch.Generator(device).manual_seed(seed)
     weight_map = {}

@@ -8,12 +8,12 @@ T columns (a row a sequence, the tail unused), attends within each row, and pack
                                                                 b0 b1 --
                                                                 c0 c1 c2
 
-Rows never meet, so packing cannot leak one item into another; and with a causal mask, an unused tail is never seen by a real
-token before it, so no padding mask is needed. A batch padded on the right is the special case of equal lengths.
+Rows never meet, so packing cannot leak one item into another; and with a causal mask, an unused tail is never seen by
+a real token before it, so no padding mask is needed. A batch padded on the right is the special case of equal lengths.
 
-Scoring prices asks many short continuations of one prompt ("1", "12", "123", ...). A `KVCache` holds the prompt's keys and
-values once, and `extend` adds tokens as a tree: each new token sees the prompt, its ancestors and itself. Ordinary
-token by token decoding is the tree without branches.
+Scoring prices asks many short continuations of one prompt ("1", "12", "123", ...). A `KVCache` holds the prompt's
+keys and values once, and `extend` adds tokens as a tree: each new token sees the prompt, its ancestors and itself.
+Ordinary token by token decoding is the tree without branches.
 """
 
 from dataclasses import dataclass
@@ -94,7 +94,8 @@ class KVCache:
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, cache: KVCache | None = None, layer: int = 0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v within each sequence.  q (N, H, D), k and v (N, K, D) -> (N, H * D)
 
-    Grouped queries: head h reads key-value head h // (H / K), that is [K1, K2] -> [K1, K1, K2, K2], not [K1, K2, K1, K2].
+    Grouped queries: head h reads key-value head h // (H / K), that is [K1, K2] -> [K1, K1, K2, K2], not [K1, K2, K1,
+    K2].
     """
     q, k, v = (layout.to_grid(t) for t in (q, k, v))  # (B, T, heads, D)
     if cache is not None:

@@ -1,4 +1,5 @@
-"""What a checkpoint's `config.json` says about the network; anything this code would have to guess is refused by name."""
+"""What a checkpoint's `config.json` says about the network; anything this code would have to guess is refused by
+name."""
 
 import json
 from dataclasses import dataclass
@@ -34,7 +35,9 @@ class LlamaConfig:
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key-value heads")
+            raise ValueError(
+                f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key-value heads"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
 
@@ -46,7 +49,9 @@ class LlamaConfig:
         if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported; supported: silu")
         if raw.get("quantization_config"):
-            raise ValueError("the checkpoint is already quantised (quantization_config); use the original 16-bit weights")
+            raise ValueError(
+                "the checkpoint is already quantised (quantization_config); use the original 16-bit weights"
+            )
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3"):

@@ -2,10 +2,12 @@
 
     python -m llama.gguf model.gguf out_dir/
 
-The `gguf` package parses the file and undoes its quantisation, exactly, to float32. Three things differ from Hugging Face's:
+The `gguf` package parses the file and undoes its quantisation, exactly, to float32. Three things differ from Hugging
+Face's:
 
     names     blk.0.attn_q -> model.layers.0.self_attn.q_proj, in the table below
-    order     GGUF stores the rows of q and k for interleaved rotary pairs (rope.py); without the permutation back the model
+    order     GGUF stores the rows of q and k for interleaved rotary pairs (rope.py); without the permutation back the
+    model
               loads, gives no error, and agrees with the right one in a third of its words
     rope      Llama 3.1's scaling is a tensor of divisors, rope_freqs.weight, not five numbers in the config
 """
@@ -43,7 +45,8 @@ SHARD_BYTES = 1 << 30  # written at a time, so that the whole model never is in 
 
 
 def hugging_face_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`. Raises ValueError for a name not in the table."""
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`. Raises ValueError for a name not in the
+    table."""
     stem, _, kind = name.rpartition(".")
     parts = stem.split(".")
     if parts[0] == "blk" and len(parts) == 3 and parts[2] in BLOCK:
@@ -60,7 +63,8 @@ def split_halves(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def config_from_gguf(fields: dict, tensors: dict) -> dict:
-    """config.json as a dict, from GGUF metadata and the tensors by name (only `output.weight` and `rope_freqs.weight` matter)."""
+    """config.json as a dict, from GGUF metadata and the tensors by name (only `output.weight` and `rope_freqs.weight`
+    matter)."""
     kind = fields.get("general.architecture")
     if kind != "llama":
         raise ValueError(f"architecture {kind!r} is not supported; supported: llama")
@@ -128,7 +132,10 @@ def write_weights(tensors: list, config: dict, directory: Path) -> None:
         if size >= SHARD_BYTES:
             flush()
     flush()
-    names = {n: f"model-{n:05d}-of-{shards:05d}.safetensors" if shards > 1 else "model.safetensors" for n in range(1, shards + 1)}
+    names = {
+        n: f"model-{n:05d}-of-{shards:05d}.safetensors" if shards > 1 else "model.safetensors"
+        for n in range(1, shards + 1)
+    }
     for number, name in names.items():
         os.rename(directory / f"part-{number}", directory / name)
     if shards > 1:
@@ -144,8 +151,10 @@ def tokenizer_json_from_gguf(fields: dict) -> dict:
     get = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}.get
     model, pre, tokens, merges, types = map(get, ("model", "pre", "tokens", "merges", "token_type"))
     if model != "gpt2" or pre not in PRE_TOKENIZERS:
-        raise ValueError(f"GGUF tokenizer.ggml.model {model!r} with tokenizer.ggml.pre {pre!r} is not supported; "
-                         f"use a file with model 'gpt2' and pre one of {', '.join(PRE_TOKENIZERS)}")
+        raise ValueError(
+            f"GGUF tokenizer.ggml.model {model!r} with tokenizer.ggml.pre {pre!r} is not supported; "
+            f"use a file with model 'gpt2' and pre one of {', '.join(PRE_TOKENIZERS)}"
+        )
     if not tokens or merges is None or len(types or ()) != len(tokens) or len(set(tokens)) != len(tokens):
         raise ValueError("GGUF tokenizer.ggml.tokens, merges, token_type are missing or do not fit; convert it again")
     post, bos = None, get("bos_token_id")
@@ -153,23 +162,43 @@ def tokenizer_json_from_gguf(fields: dict) -> dict:
         if bos is None:
             raise ValueError("GGUF tokenizer.ggml.add_bos_token is set but bos_token_id is missing; convert it again")
         single = [{"SpecialToken": {"id": tokens[bos], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        post = {"type": "TemplateProcessing", "single": single,
-                "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
-                "special_tokens": {tokens[bos]: {"id": tokens[bos], "ids": [bos], "tokens": [tokens[bos]]}}}
+        post = {
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {tokens[bos]: {"id": tokens[bos], "ids": [bos], "tokens": [tokens[bos]]}},
+        }
     steps = [step | {"trim_offsets": True} if step["type"] == "ByteLevel" else step for step in PRE_TOKENIZERS[pre][1]]
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     # Type 3 is a control token; type 4 (user defined) an added token that Hugging Face does not call special.
-    added = [{"id": i, "content": token, **plain, "special": kind == 3}
-             for i, (token, kind) in enumerate(zip(tokens, types)) if kind in (3, 4)]
+    added = [
+        {"id": i, "content": token, **plain, "special": kind == 3}
+        for i, (token, kind) in enumerate(zip(tokens, types))
+        if kind in (3, 4)
+    ]
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
         # Qwen normalises to NFC; GGUF has no field for it and llama.cpp leaves it out.
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "post_processor": post,
-        "decoder": BYTE_LEVEL | {"trim_offsets": True}, "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "merges": list(merges),
-            "ignore_merges": pre == "llama-bpe", "vocab": {token: i for i, token in enumerate(tokens)}}}
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "post_processor": post,
+        "decoder": BYTE_LEVEL | {"trim_offsets": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "merges": list(merges),
+            "ignore_merges": pre == "llama-bpe",
+            "vocab": {token: i for i, token in enumerate(tokens)},
+        },
+    }
 
 
 def tokenizer_config_from_gguf(fields: dict) -> dict:

@@ -1,9 +1,10 @@
-"""A Llama (Touvron et al. 2023, arXiv 2302.13971; Llama 3, arXiv 2407.21783) in plain PyTorch, one class for the whole family.
+"""A Llama (Touvron et al. 2023, arXiv 2302.13971; Llama 3, arXiv 2407.21783) in plain PyTorch, one class for the
+whole family.
 
     python -m pytest tests/test_model.py       # logits, gradients and cached decoding against transformers
 
-Shapes, here and everywhere: B batch, T tokens, N packed tokens, C hidden, H heads, K kv heads, D head_dim, V vocabulary,
-R rank, O out, I in.
+Shapes, here and everywhere: B batch, T tokens, N packed tokens, C hidden, H heads, K kv heads, D head_dim, V
+vocabulary, R rank, O out, I in.
 
 Names are Hugging Face's, so that loading is "strip `model.`". In Meta's own code the same are called:
 
@@ -11,8 +12,8 @@ Names are Hugging Face's, so that loading is "strip `model.`". In Meta's own cod
     input_layernorm attention_norm      gate_proj up_proj down_proj     w1 w3 w2
     post_attention_layernorm ffn_norm   norm, lm_head                   norm, output
 
-Precision: the residual stream is float32 and every norm is computed in float32; each linear runs in `compute_dtype` (bfloat16
-or float32); rotary angles, logits and loss are float32. See the table in README.md.
+Precision: the residual stream is float32 and every norm is computed in float32; each linear runs in `compute_dtype`
+(bfloat16 or float32); rotary angles, logits and loss are float32. See the table in README.md.
 """
 
 import torch
@@ -27,7 +28,8 @@ HEAD_CHUNK = 16384  # rows of lm_head in float32 at a time: 256 MiB at C = 4096,
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32.  (N, C) -> (N, C) float32  (Zhang and Sennrich 2019, 1910.07467)"""
+    """x / sqrt(mean(x^2) + eps) * weight, in float32.  (N, C) -> (N, C) float32  (Zhang and Sennrich 2019,
+    1910.07467)"""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -89,7 +91,8 @@ class Block(nn.Module):
 
 
 class HeadFunction(torch.autograd.Function):
-    """logits = x W^T in float32, for a frozen W (V, C) of any dtype: cast chunk by chunk, never whole.  (M, C) -> (M, V)
+    """logits = x W^T in float32, for a frozen W (V, C) of any dtype: cast chunk by chunk, never whole.  (M, C) -> (M,
+    V)
 
     Float32 because the answer's logits lie near 36, where a bfloat16 step is 0.25: prices would move by it.
     """
@@ -146,7 +149,8 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def next_token(self, x: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (M, C) -> natural log-probabilities of the tokens `choices` (M, k), and the likeliest of all (M,).
+        """Hidden states (M, C) -> natural log-probabilities of the tokens `choices` (M, k), and the likeliest of all
+        (M,).
 
         The softmax runs over the whole vocabulary, a few rows at a time, so that (M, V) never exists.
         """
@@ -168,7 +172,8 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def extend(self, cache: KVCache, tokens: Tensor, parents: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
-        """Add n tree nodes a row, tokens (B, n), parents (B, n) as in KVCache.grow. What follows each: (B, n, k), (B, n)"""
+        """Add n tree nodes a row, tokens (B, n), parents (B, n) as in KVCache.grow. What follows each: (B, n, k), (B,
+        n)"""
         cache.grow(parents)
         log_probs, top = self.next_token(self.hidden_states(tokens.reshape(-1), cache.layout, cache), choices)
         return log_probs.view(*tokens.shape, -1), top.view(tokens.shape)

@@ -1,7 +1,7 @@
 """Rotary position embeddings (Su et al. 2021, arXiv 2104.09864): positions as rotations of pairs of numbers in q and k.
 
-Pair i of a head turns by the angle  position * theta^(-2i / D).  A dot product of two rotated vectors then depends only on
-the distance between their positions.
+Pair i of a head turns by the angle  position * theta^(-2i / D).  A dot product of two rotated vectors then depends
+only on the distance between their positions.
 
 Which two numbers form a pair is a convention, and mixing them up gives no error, only a poor model:
 
@@ -20,8 +20,9 @@ from llama.config import LlamaConfig
 def inverse_frequencies(config: LlamaConfig) -> Tensor:
     """Radians a token for each pair, theta^(-2i / D), stretched for Llama 3.1's long context  # (D/2,) float32
 
-    Llama 3.1 (`rope_type: llama3`): pairs that turn fast (wavelength < original / high_freq_factor) stay as they are, slow ones
-    (wavelength > original / low_freq_factor) turn `factor` times slower, and those between are blended linearly.
+    Llama 3.1 (`rope_type: llama3`): pairs that turn fast (wavelength < original / high_freq_factor) stay as they are,
+    slow ones (wavelength > original / low_freq_factor) turn `factor` times slower, and those between are blended
+    linearly.
     """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequency = 1.0 / config.rope_theta**exponent  # (D/2,)

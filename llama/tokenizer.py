@@ -32,7 +32,7 @@ LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
-PRE_TOKENIZERS = {  # name in GGUF (`tokenizer.ggml.pre`, from llama.cpp): pattern here, pre_tokenizer steps at Hugging Face
+PRE_TOKENIZERS = {  # name in GGUF (`tokenizer.ggml.pre`): pattern here, pre_tokenizer steps at Hugging Face
     "gpt-2": (GPT2, [BYTE_LEVEL]),
     "smollm": (SMOLLM, [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]),
     "llama-bpe": (LLAMA3, [_SPLIT | {"pattern": {"Regex": LLAMA3}}, BYTE_LEVEL | {"use_regex": False}]),
@@ -200,7 +200,8 @@ def _from_json(data: dict, config: dict) -> Tokenizer:
 
 
 def _pattern(pre: dict) -> str:
-    """The one regular expression that cuts as the pre_tokenizer does. A new family is a row in `PRE_TOKENIZERS` and a test."""
+    """The one regular expression that cuts as the pre_tokenizer does. A new family is a row in `PRE_TOKENIZERS` and a
+    test."""
     steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
     # trim_offsets moves character offsets, not ids; a file older than use_regex means true.
     steps = [{k: v for k, v in (BYTE_LEVEL | s if s["type"] == "ByteLevel" else s).items() if k != "trim_offsets"}

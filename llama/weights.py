@@ -1,8 +1,9 @@
 """Fill a Llama from safetensors, one tensor at a time, strictly.
 
-The model is built on the `meta` device (shapes without memory). Each linear of a block is read from its shard, moved, handed to
-`make_linear` (which may quantise it) and dropped before the next one is read: the peak is the quantised model plus one matrix,
-so an 8B model is never whole in 16 bits. Before anything is read, names and shapes are compared with what the model needs.
+The model is built on the `meta` device (shapes without memory). Each linear of a block is read from its shard, moved,
+handed to `make_linear` (which may quantise it) and dropped before the next one is read: the peak is the quantised
+model plus one matrix, so an 8B model is never whole in 16 bits. Before anything is read, names and shapes are
+compared with what the model needs.
 """
 
 import json
@@ -20,7 +21,8 @@ FLOATS = {"F32", "F16", "BF16"}
 
 
 class Checkpoint:
-    """The tensors of a directory by our own names, whichever shard each lies in. Raises ValueError with one clear line."""
+    """The tensors of a directory by our own names, whichever shard each lies in. Raises ValueError with one clear
+    line."""
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
@@ -58,7 +60,9 @@ class Checkpoint:
         try:
             return self._open(self.files[name]).get_slice(self.keys[name])
         except SafetensorError:
-            raise ValueError(f"{self.directory / self.files[name]} lacks {self.keys[name]}, though the index lists it") from None
+            raise ValueError(
+                f"{self.directory / self.files[name]} lacks {self.keys[name]}, though the index lists it"
+            ) from None
 
     def check(self, expected: dict[str, torch.Size], tied: bool) -> None:
         """Every expected tensor there with its shape and a float dtype, and none besides."""
@@ -67,13 +71,19 @@ class Checkpoint:
         for names, what in ((missing, "lacks"), (unexpected, "holds the unknown tensor")):
             if names:
                 more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-                raise ValueError(f"{self.directory} {what} {names[0]}{more}: weights and config.json do not belong together")
+                raise ValueError(
+                    f"{self.directory} {what} {names[0]}{more}: weights and config.json do not belong together"
+                )
         for name, shape in expected.items():
             part = self._slice(name)
             if tuple(part.get_shape()) != tuple(shape):
-                raise ValueError(f"{self.directory}: {name} is {tuple(part.get_shape())}, config.json asks for {tuple(shape)}")
+                raise ValueError(
+                    f"{self.directory}: {name} is {tuple(part.get_shape())}, config.json asks for {tuple(shape)}"
+                )
             if part.get_dtype() not in FLOATS:
-                raise ValueError(f"{self.directory}: {name} has dtype {part.get_dtype()}, expected one of {sorted(FLOATS)}")
+                raise ValueError(
+                    f"{self.directory}: {name} has dtype {part.get_dtype()}, expected one of {sorted(FLOATS)}"
+                )
 
     def read(self, name: str, device: torch.device | str) -> Tensor:
         """One tensor on the device, in the file's dtype; NaN or infinity is an error that names it."""

@@ -1,8 +1,9 @@
 """The adapter on disk, in PEFT's format: adapter_model.safetensors + adapter_config.json.
 
-PEFT names a factor after the module in transformers' model: `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
-Our names are the same without the leading `base_model.model.` and `model.` (transformers wraps the decoder as `.model`).
-A key that matches nothing is an error: a silently ignored adapter answers like the base model.
+PEFT names a factor after the module in transformers' model:
+`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`. Our names are the same without the leading
+`base_model.model.` and `model.` (transformers wraps the decoder as `.model`). A key that matches nothing is an error:
+a silently ignored adapter answers like the base model.
 """
 
 import json
@@ -63,7 +64,14 @@ def load_adapter(model: nn.Module, directory: Path) -> None:
         raise ValueError(f"the adapter in {directory} is damaged or cut short: {error}") from None
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type {config.get('peft_type')!r} is not supported, only LORA")
-    for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layers_to_transform"):
+    for key in (
+        "use_dora",
+        "modules_to_save",
+        "rank_pattern",
+        "alpha_pattern",
+        "fan_in_fan_out",
+        "layers_to_transform",
+    ):
         if config.get(key):
             raise ValueError(f"{path}: {key}={config[key]!r} is not supported")
     if config.get("bias", "none") != "none":

@@ -16,7 +16,13 @@ def target_names(targets: str) -> tuple[str, ...]:
 
 
 def inject(
-    model: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False, targets: str = "all-linear"
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    targets: str = "all-linear",
 ) -> list[str]:
     """Wrap every frozen linear whose last name is in `targets`; return their full names, in order. Once a model.
 
@@ -35,11 +41,14 @@ def inject(
     unmatched = [t for t in wanted if not any(name.rpartition(".")[2] == t for name, _ in found)]
     if unmatched or not found:
         known = sorted({name.rpartition(".")[2] for name, _ in linears})
-        raise ValueError(f"LoRA targets {', '.join(unmatched or [targets])} name no layer; the model has {', '.join(known)}")
+        raise ValueError(
+            f"LoRA targets {', '.join(unmatched or [targets])} name no layer; the model has {', '.join(known)}"
+        )
     for name, module in found:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, dropout, rslora))
-    # Frozen weights are buffers and cannot appear here; embedding, head and norms are parameters that ask for no gradient.
+    # Frozen weights are buffers and cannot appear here; embedding, head and norms are parameters that ask for no
+    # gradient.
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     expected = {f"{name}.{factor}" for name, _ in found for factor in ("lora_A", "lora_B")}
     if trainable != expected:

@@ -3,9 +3,11 @@
     y = x W^T + scaling * (dropout(x) A^T) B^T          A (R, I), B (O, R), R << I
 
     scaling = alpha / rank            (Hu et al. 2021, arXiv 2106.09685)
-    scaling = alpha / sqrt(rank)      rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): keeps the size of the update as rank grows
+    scaling = alpha / sqrt(rank)      rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): keeps the size of the update as
+    rank grows
 
-A starts random and B at zero, so the product starts at zero and training begins exactly at the (quantised) base model. Rank 16 on a
+A starts random and B at zero, so the product starts at zero and training begins exactly at the (quantised) base
+model. Rank 16 on a
 576 x 576 layer trains 18,432 numbers instead of 331,776. The arithmetic, backward included, is one function with the
 frozen part, in quant/linear.py: this file only holds the factors.
 """
@@ -29,8 +31,8 @@ class LoRALinear(nn.Module):
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = nn.Dropout(dropout)
         device = next(base.buffers()).device
-        # float32: an Adam step is about the learning rate. Once the schedule has lowered that below half a bfloat16 step
-        # (3e-5 for a weight of 0.01), every update of a bfloat16 factor would round to nothing.
+        # float32: an Adam step is about the learning rate. Once the schedule has lowered that below half a bfloat16
+        # step (3e-5 for a weight of 0.01), every update of a bfloat16 factor would round to nothing.
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(-1/sqrt(I), 1/sqrt(I)), as in PEFT and loralib

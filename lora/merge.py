@@ -4,9 +4,10 @@
 
     W' = W + scaling * B A        in float32, then bfloat16
 
-What is W? A run with `--bits 4` learnt beside the *dequantised* weight, quantisation error included. Merged into the original
-16-bit weight the sum is another model; so each target is first quantised and dequantised as in training (on a CPU here: a run
-trained on CUDA may differ in the few values that quant/nf4.py tells of).
+What is W? A run with `--bits 4` learnt beside the *dequantised* weight, quantisation error included. Merged into the
+original
+16-bit weight the sum is another model; so each target is first quantised and dequantised as in training (on a CPU
+here: a run trained on CUDA may differ in the few values that quant/nf4.py tells of).
 Other tensors are copied. The base is read and written shard by shard.
 """
 
@@ -25,14 +26,17 @@ from lora.checkpoint import write_directory
 from quant.linear import quantise_linear
 
 
-def merged_weight(weight, lora_A, lora_B, scaling: float, bits: int, blocksize: int, double_quant: bool) -> torch.Tensor:
+def merged_weight(
+    weight, lora_A, lora_B, scaling: float, bits: int, blocksize: int, double_quant: bool
+) -> torch.Tensor:
     """(O, I) in any float dtype, A (R, I), B (O, R) -> (O, I) bfloat16"""
     frozen = quantise_linear(weight, bits=bits, dtype=weight.dtype, blocksize=blocksize, double_quant=double_quant)
     return (frozen.dequantise(torch.float32) + scaling * (lora_B.float() @ lora_A.float())).to(torch.bfloat16)
 
 
 def merge(ckpt: Path, base: Path, out: Path) -> int:
-    """Write `out`; returns the number of merged matrices. Raises ValueError in one line when adapter and base do not fit."""
+    """Write `out`; returns the number of merged matrices. Raises ValueError in one line when adapter and base do not
+    fit."""
     try:
         options = json.loads((ckpt / "run.json").read_text())["options"]
         config = json.loads((ckpt / "adapter_config.json").read_text())
@@ -57,7 +61,10 @@ def merge(ckpt: Path, base: Path, out: Path) -> int:
                 for key in tensors.keys():
                     written[key] = tensors.get_tensor(key)
                     name = PREFIX + key.removeprefix("model.").removesuffix(".weight")
-                    lora_A, lora_B = adapter.pop(f"{name}.lora_A.weight", None), adapter.pop(f"{name}.lora_B.weight", None)
+                    lora_A, lora_B = (
+                        adapter.pop(f"{name}.lora_A.weight", None),
+                        adapter.pop(f"{name}.lora_B.weight", None),
+                    )
                     if lora_A is not None:
                         written[key] = merged_weight(written[key], lora_A, lora_B, scaling, **quant)
                         merged += 1
@@ -69,7 +76,9 @@ def merge(ckpt: Path, base: Path, out: Path) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ckpt", type=Path, default=Path("out"), help="the directory that train.py wrote (default: out)")
+    parser.add_argument(
+        "--ckpt", type=Path, default=Path("out"), help="the directory that train.py wrote (default: out)"
+    )
     parser.add_argument("--base", type=Path, required=True, help="directory of the base model (train.py prints it)")
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
     args = parser.parse_args()

@@ -5,23 +5,23 @@ The model writes a price as tokens. Every price 0..999 is a path in a tree of to
     digit by digit (SmolLM2):   $ -> 1 -> 2 -> 3      100 inner nodes: the prompt, 1 to 9, and 10 to 99
     one token each (Llama 3):   $ -> 123              1 inner node: the prompt, so one forward is all
 
-P(price) is the product of the model's probabilities along its path. A path that goes on in another price ("12" in "123") ends
-with the "." of "12.00"; one that does not ("123") ends by itself. No price is then the beginning of another, so the events
-exclude each other, and dividing by their sum gives the exact distribution of the price, given that the model names one.
+P(price) is the product of the model's probabilities along its path. A path that goes on in another price ("12" in
+"123") ends with the "." of "12.00"; one that does not ("123") ends by itself. No price is then the beginning of
+another, so the events exclude each other, and dividing by their sum gives the exact distribution of the price, given
+that the model names one.
 
-A node that is reached with less than the probability `prune` is not opened: what it holds is shared evenly among the prices
-below it. Nothing is lost, the sum stays one, and no price moves by more than what the shut nodes held.
+A node that is reached with less than the probability `prune` is not opened: what it holds is shared evenly among the
+prices below it. Nothing is lost, the sum stays one, and no price moves by more than what the shut nodes held.
 
-From the distribution, the price is chosen for the error that is measured (Lukasik et al. 2024, arXiv 2403.04182): the median
-has the least expected absolute error, the mean the least squared error; the mode is the likeliest. `greedy` is what
-text generation at temperature 0 would write: digit after digit, each the likeliest, blind to what comes after.
+From the distribution, the price is chosen for the error that is measured (Lukasik et al. 2024, arXiv 2403.04182): the
+median has the least expected absolute error, the mean the least squared error; the mode is the likeliest. `greedy` is
+what text generation at temperature 0 would write: digit after digit, each the likeliest, blind to what comes after.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 PRICES = 1000  # 0..999 dollars
 PICKS = ("median", "mean", "mode", "greedy")
@@ -29,7 +29,8 @@ PICKS = ("median", "mean", "mode", "greedy")
 
 @dataclass
 class PriceTree:
-    """The token paths of all prices. Node 0 is the prompt, inner nodes go on, each leaf is one price; shallow nodes come first."""
+    """The token paths of all prices. Node 0 is the prompt, inner nodes go on, each leaf is one price; shallow nodes
+    come first."""
 
     choices: list[int]  # token ids that ever lead from a node to another  (k,)
     levels: list[list[int]]  # inner nodes by depth
@@ -77,7 +78,8 @@ class PriceTree:
 
 @torch.no_grad()
 def price_distribution(prefill, extend, prompts: list[list[int]], tree: PriceTree, prune: float = 0.0) -> tuple:
-    """P(price | prompt) (B, 1000) float64, rows summing to one, and the probability that the model names a price at all (B,).
+    """P(price | prompt) (B, 1000) float64, rows summing to one, and the probability that the model names a price at
+    all (B,).
 
     prefill(prompts, choices) -> natural log-probabilities (B, k), likeliest token (B,), cache
     extend(cache, tokens (B, n), parents (B, n), choices) -> log-probabilities (B, n, k), likeliest tokens (B, n)

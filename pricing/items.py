@@ -1,8 +1,9 @@
-"""Items: what is priced. Rows of JSONL, CSV or Parquet in, checked `Item`s out; every row left out is counted by reason.
+"""Items: what is priced. Rows of JSONL, CSV or Parquet in, checked `Item`s out; every row left out is counted by
+reason.
 
 A row has `price` (US dollars) and either `text`, or `title` and any of `category`, `brand`, `description`. `split`
-(train, val or test) is optional: without it the split is a hash of the normalised title, so that variants of one product never
-lie on both sides, and training and evaluation agree without a side file.
+(train, val or test) is optional: without it the split is a hash of the normalised title, so that variants of one
+product never lie on both sides, and training and evaluation agree without a side file.
 """
 
 import csv
@@ -88,7 +89,8 @@ def clean(value) -> str:
 
 
 def text_of(row: dict) -> str:
-    """What the model reads: `text` (or `summary`, `prompt`), else title, category, brand and description, a line each."""
+    """What the model reads: `text` (or `summary`, `prompt`), else title, category, brand and description, a line
+    each."""
     for key in ("text", "summary", "prompt"):
         if row.get(key):
             return ANSWER.sub("", QUESTION.sub("", str(row[key]).strip())).strip()

@@ -1,17 +1,20 @@
-"""What the model is taught: the answer's tokens, either as they are or with the price's neighbours counted as nearly right.
+"""What the model is taught: the answer's tokens, either as they are or with the price's neighbours counted as nearly
+right.
 
-`answer`: cross-entropy on the tokens of `123.00`. To it, 124 is as wrong as 900: every wrong digit costs the same, and the
-third digit, mostly noise, asks for as much as the first.
+`answer`: cross-entropy on the tokens of `123.00`. To it, 124 is as wrong as 900: every wrong digit costs the same,
+and the third digit, mostly noise, asks for as much as the first.
 
-`soft`: the one right price is replaced by a distribution q over whole dollars, log-normal around the true price with relative
-width `width` (0.1: two thirds of it within 10 %). Along the true digits, each step then has a soft target: the share of q
-that lies below each next token. For 98 dollars and width 0.1 the first digit is taught as 9 or 1 (100 to 119), the second as
+`soft`: the one right price is replaced by a distribution q over whole dollars, log-normal around the true price with
+relative width `width` (0.1: two thirds of it within 10 %). Along the true digits, each step then has a soft target:
+the share of q that lies below each next token. For 98 dollars and width 0.1 the first digit is taught as 9 or 1 (100
+to 119), the second as
 8 and its neighbours. In terms of q and the model's P, with the steps s of the true path,
 
     loss = - sum_s sum_token q(token | s) ln P(token | s)
 
-the part of the cross-entropy of q and P that one path carries; no further forward is needed. What follows the price (".00")
-stays plain cross-entropy. For a tokeniser with one token a price, s is one step and the loss is the whole cross-entropy.
+the part of the cross-entropy of q and P that one path carries; no further forward is needed. What follows the price
+(".00") stays plain cross-entropy. For a tokeniser with one token a price, s is one step and the loss is the whole
+cross-entropy.
 """
 
 import torch
@@ -26,7 +29,8 @@ LOSSES = ("answer", "soft")
 
 
 class AnswerLoss:
-    """Sum of the loss over a batch's supervised tokens, in nats; the caller divides by their number over the whole window."""
+    """Sum of the loss over a batch's supervised tokens, in nats; the caller divides by their number over the whole
+    window."""
 
     def __init__(self, kind: str, tree: PriceTree, width: float, device: torch.device | str):
         self.kind, self.tree, self.width = kind, tree, width
@@ -40,7 +44,9 @@ class AnswerLoss:
 
     def neighbours(self, prices: list[float]) -> Tensor:
         """q: the probability of each whole dollar around the true price, rows summing to one  # (B, PRICES)"""
-        edges = (torch.arange(PRICES + 1, dtype=torch.float64) - 0.5).clamp(min=1e-3).log()  # dollar n is what lies from n - 0.5 to n + 0.5
+        edges = (
+            (torch.arange(PRICES + 1, dtype=torch.float64) - 0.5).clamp(min=1e-3).log()
+        )  # dollar n is what lies from n - 0.5 to n + 0.5
         centre = torch.tensor(prices, dtype=torch.float64).clamp(min=0.5).log()[:, None]
         reached = torch.special.ndtr((edges - centre) / self.width)  # (B, PRICES + 1)
         q = reached.diff(dim=1)

@@ -7,7 +7,8 @@ RESAMPLES = 2000
 
 
 def colour(truth: float, guess: float) -> str:
-    """green: off by less than $40 or 20 %; yellow: less than $80 or 40 %; red otherwise (the reference project's rule)."""
+    """green: off by less than $40 or 20 %; yellow: less than $80 or 40 %; red otherwise (the reference project's
+    rule)."""
     error = abs(truth - guess)
     if error < 40 or error < 0.2 * truth:
         return "green"
@@ -34,11 +35,15 @@ def band_of(price: float) -> str:
     return f"${BANDS[number]}-{BANDS[number + 1]}"
 
 
-def score(truth: np.ndarray, guess: np.ndarray, constant: float, categories: list[str], parse_failures: int = 0) -> dict:
-    """Every metric of the report. Prices in dollars; `constant` is the guess that knows nothing, the mean training price.
+def score(
+    truth: np.ndarray, guess: np.ndarray, constant: float, categories: list[str], parse_failures: int = 0
+) -> dict:
+    """Every metric of the report. Prices in dollars; `constant` is the guess that knows nothing, the mean training
+    price.
 
-    mae = mean |truth - guess|; rmsle = sqrt(mean((ln(1 + truth) - ln(1 + guess))^2)); r2 = 1 - squared error / variance;
-    hits = share of green; ratio = mae / constant_mae. Raises ValueError for no items or a guess that is no number.
+    mae = mean |truth - guess|; rmsle = sqrt(mean((ln(1 + truth) - ln(1 + guess))^2)); r2 = 1 - squared error /
+    variance; hits = share of green; ratio = mae / constant_mae. Raises ValueError for no items or a guess that is no
+    number.
     """
     if len(truth) == 0 or len(truth) != len(guess):
         raise ValueError(f"cannot score {len(guess)} guesses of {len(truth)} items")

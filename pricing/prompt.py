@@ -2,8 +2,9 @@
 
     How much does this cost to the nearest dollar?\\n\\n{text}\\n\\nPrice is $     ->     123.00
 
-Prompt and answer are tokenised apart and their ids joined, so the boundary is exact whatever the tokeniser would have merged
-across it, and training and evaluation see the same ids. The loss mask is "the last n ids", a position, never a search.
+Prompt and answer are tokenised apart and their ids joined, so the boundary is exact whatever the tokeniser would have
+merged across it, and training and evaluation see the same ids. The loss mask is "the last n ids", a position, never a
+search.
 """
 
 from dataclasses import dataclass
@@ -51,6 +52,10 @@ def encode_items(items: list[Item], tokenizer, max_tokens: int, template: str = 
     """An Example for each item; `max_tokens` bounds the prompt (the answer adds up to 6)."""
     encode_answer: Callable = tokenizer.encode_answer
     return [
-        Example(encode_prompt(item.text, tokenizer, max_tokens, template), encode_answer(answer_text(item.dollars)), item.price)
+        Example(
+            encode_prompt(item.text, tokenizer, max_tokens, template),
+            encode_answer(answer_text(item.dollars)),
+            item.price,
+        )
         for item in items
     ]

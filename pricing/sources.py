@@ -15,7 +15,9 @@ from pricing import catalogue
 from pricing.items import Item, Skipped, items_from_rows, read_rows
 
 # 66,778 PC parts scraped from PCPartPicker in July 2025 (MIT licence); about a quarter carry a price in range.
-PC_PARTS_URL = "https://raw.githubusercontent.com/docyx/pc-part-dataset/06ffc8eec068db5e8145e012ad2ec11e56a7c969/data/jsonl.zip"
+PC_PARTS_URL = (
+    "https://raw.githubusercontent.com/docyx/pc-part-dataset/06ffc8eec068db5e8145e012ad2ec11e56a7c969/data/jsonl.zip"
+)
 PC_PARTS_SHA256 = "752916c6adfa56e903522acda11526802e88959ef0e13f295096e6bbd5c43137"
 
 
@@ -69,7 +71,9 @@ def pc_parts_rows(archive: Path):
                 part = json.loads(line)
                 title, price = part.pop("name"), part.pop("price")
                 part.pop("price_per_gb", None)
-                fields = [f"{key.replace('_', ' ')}: {words(value)}" for key, value in part.items() if value is not None]
+                fields = [
+                    f"{key.replace('_', ' ')}: {words(value)}" for key, value in part.items() if value is not None
+                ]
                 row = {"title": title, "category": category, "description": "; ".join(fields), "price": price}
                 key = tuple(row.values())
                 yield number, row | {"repeated": key in seen and price is not None}
@@ -84,7 +88,9 @@ def hub_rows(name: str):
     try:
         root = Path(snapshot_download(name, repo_type="dataset", allow_patterns=["*.parquet", "*.jsonl", "*.csv"]))
     except GatedRepoError:
-        raise OSError(f"data set {name} is gated: accept its terms on its page, then log in with `hf auth login`") from None
+        raise OSError(
+            f"data set {name} is gated: accept its terms on its page, then log in with `hf auth login`"
+        ) from None
     except RepositoryNotFoundError:
         raise OSError(f"no data set {name!r} on the hub, or it is private: check the name") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -115,7 +121,9 @@ def load_items(data: str, size: int, seed: int, strict: bool = False) -> tuple[l
         rows = enumerate(catalogue.generate(size, seed), 1)
         identity = {"size": size, "seed": seed}
     elif data == "pc-parts":
-        rows = pc_parts_rows(download(PC_PARTS_URL, PC_PARTS_SHA256, cache_directory() / f"pc-parts-{PC_PARTS_SHA256[:16]}.zip"))
+        rows = pc_parts_rows(
+            download(PC_PARTS_URL, PC_PARTS_SHA256, cache_directory() / f"pc-parts-{PC_PARTS_SHA256[:16]}.zip")
+        )
         identity = {"sha256": PC_PARTS_SHA256}
         strict = False  # three quarters of the parts have no price: that is how the source is
     elif path.is_file():
@@ -125,6 +133,8 @@ def load_items(data: str, size: int, seed: int, strict: bool = False) -> tuple[l
     elif data.count("/") == 1 and not path.suffix and not data.startswith((".", "~", "/")):
         rows, identity = hub_rows(data), {}
     else:
-        raise ValueError(f"data file {data} does not exist; --data takes catalogue, pc-parts, a file or a hub data set org/name")
+        raise ValueError(
+            f"data file {data} does not exist; --data takes catalogue, pc-parts, a file or a hub data set org/name"
+        )
     items, skipped = items_from_rows(rows, data, strict)
     return items, skipped, {"data": data, "items": len(items)} | identity

@@ -8,16 +8,17 @@ What is stored.   W (O, I) lies in memory as NF4 (quant/nf4.py): half a byte a w
                   It is never trained, so it has no gradient and no optimiser state. A (R, I) and B (O, R) are the
                   LoRA factors (lora/layer.py), float32, and the only things that learn.
 
-What is computed. No arithmetic happens in 4 bits. Each time the layer runs, W is dequantised into a scratch matrix in the
+What is computed. No arithmetic happens in 4 bits. Each time the layer runs, W is dequantised into a scratch matrix in
+the
                   dtype of x (bfloat16), multiplied, and dropped:
 
                       W = dequantise(packed)                        (O, I)
                       y = x W^T + b                                 (N, O)   the frozen model
                         + scaling * (x_lora A^T) B^T                (N, O)   what is learnt, rank R << I
 
-                  x_lora is x itself, or x after dropout: only the LoRA branch sees dropout. They are two arguments of one
-                  origin, and autograd adds their two gradients. W is frozen, yet dL/dx is needed: the LoRA factors of
-                  earlier layers learn from it.
+                  x_lora is x itself, or x after dropout: only the LoRA branch sees dropout. They are two arguments of
+                  one origin, and autograd adds their two gradients. W is frozen, yet dL/dx is needed: the LoRA
+                  factors of earlier layers learn from it.
 
 What backward needs. With g = dL/dy (N, O) the chain rule gives
 
@@ -30,9 +31,9 @@ What backward needs. With g = dL/dy (N, O) the chain rule gives
                   A plain `F.linear(x, dequantise(packed))` would let autograd keep the 16-bit W of every layer until
                   backward: the whole model in 16 bits, and the memory that 4 bits saved is gone. So the function below
                   saves x_lora, z = x_lora A^T (N, R) and the small factors, and keeps a reference to the layer, whose
-                  packed W it dequantises a second time: that is the price. For W's sake x need not be saved at all; only
-                  the LoRA branch asks for it. W is no argument of the function but a buffer reached through the layer,
-                  so autograd cannot even try to form dL/dW.
+                  packed W it dequantises a second time: that is the price. For W's sake x need not be saved at all;
+                  only the LoRA branch asks for it. W is no argument of the function but a buffer reached through the
+                  layer, so autograd cannot even try to form dL/dW.
 
 In bitsandbytes the same is `bnb.nn.Linear4bit` and `MatMul4Bit` in autograd/_functions.py; there, quantising is a side
 effect of `.to(device)`. Here it is an explicit call, `quantise_linear`, and `.to()` only moves.
@@ -43,7 +44,8 @@ import logging
 import torch
 from torch import Tensor, nn
 
-# On CPUs with avx512_bf16, bitsandbytes logs that an optional kernel package is missing, at import; nothing here uses it.
+# On CPUs with avx512_bf16, bitsandbytes logs that an optional kernel package is missing, at import; nothing here uses
+# it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import bitsandbytes.functional as bnb  # noqa: E402
@@ -63,7 +65,10 @@ class FrozenLinearFunction(torch.autograd.Function):
         y = torch.nn.functional.linear(x, weight, linear.bias_in(x.dtype))  # (N, O)
         ctx.linear, ctx.scaling = linear, scaling
         if lora_A is not None:
-            lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)  # float32 parameters, multiplied in the compute dtype
+            lora_A, lora_B = (
+                lora_A.to(x.dtype),
+                lora_B.to(x.dtype),
+            )  # float32 parameters, multiplied in the compute dtype
             z = x_lora @ lora_A.T  # (N, R)
             y.addmm_(z, lora_B.T, alpha=scaling)
             ctx.save_for_backward(x_lora, z, lora_A, lora_B)
@@ -129,9 +134,9 @@ class Linear16(FrozenLinear):
 class LinearNF4(FrozenLinear):
     """The 4-bit linear: `packed` (ceil(O * I / 2), 1) uint8, and the rest in bitsandbytes' QuantState.
 
-    quant/nf4.py's names in QuantState: NF4_CODE is `code`, absmax and offset keep theirs, absmax_absmax is `state2.absmax`,
-    dynamic_map() is `state2.code`, and `nested` means double quantisation. None of it is ever saved: a base model is
-    quantised again from its files.
+    quant/nf4.py's names in QuantState: NF4_CODE is `code`, absmax and offset keep theirs, absmax_absmax is
+    `state2.absmax`, dynamic_map() is `state2.code`, and `nested` means double quantisation. None of it is ever saved:
+    a base model is quantised again from its files.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, blocksize: int = 64, double_quant: bool = True):

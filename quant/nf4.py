@@ -8,19 +8,20 @@ A weight matrix is read row by row as one long line of numbers and cut into bloc
     2. each w / absmax, now in [-1, 1], becomes the index (0..15) of the nearest of 16 code values
     3. two indices share a byte: the first in the high half, the second in the low half
 
-Trained weights are nearly normal, so the 16 code values follow the quantiles of a normal distribution (the outermost cut at
-a finite probability: QLoRA, appendix E), scaled to [-1, 1], with an exact 0: close together where weights are many, far apart
-where they are few. Going back is a table look-up and a product:
+Trained weights are nearly normal, so the 16 code values follow the quantiles of a normal distribution (the outermost
+cut at a finite probability: QLoRA, appendix E), scaled to [-1, 1], with an exact 0: close together where weights are
+many, far apart where they are few. Going back is a table look-up and a product:
 
     w ~ code[index] * absmax[block]
 
 Cost: 4 bits + 32 / 64 bits of absmax = 4.5 bits a weight. Double quantisation stores the absmax themselves in 8 bits:
 their mean (`offset`) is taken off, blocks of 256 of them share one float32 absmax, and each becomes the nearest of 256
-values of a signed dynamic map (dense near 0, Dettmers 2015, arXiv 1511.04561). That leaves 4 + 8/64 + 32/(64*256) = 4.127 bits.
+values of a signed dynamic map (dense near 0, Dettmers 2015, arXiv 1511.04561). That leaves 4 + 8/64 + 32/(64*256) =
+4.127 bits.
 
 Everything is computed in float32, whatever the dtype of the weight; a cast to the compute dtype comes last.
-`quant/linear.py` does not run this file: it calls bitsandbytes' kernels, and tests/test_nf4.py shows that both agree, on a CPU
-in every bit, on CUDA up to a weight or an absmax in a hundred thousand that lies on the border of two codes.
+`quant/linear.py` does not run this file: it calls bitsandbytes' kernels, and tests/test_nf4.py shows that both agree,
+on a CPU in every bit, on CUDA up to a weight or an absmax in a hundred thousand that lies on the border of two codes.
 """
 
 from dataclasses import dataclass
@@ -29,12 +30,26 @@ import torch
 from torch import Tensor
 
 # Quantiles of N(0, 1), scaled to [-1, 1]; eight above 0 and seven below (QLoRA, appendix E).
-NF4_CODE = torch.tensor([
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-])  # (16,) fmt: skip
+NF4_CODE = torch.tensor(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ]
+)  # (16,) fmt: skip
 ABSMAX_BLOCKSIZE = 256  # absmax values that share one float32 in double quantisation, as in bitsandbytes
 
 
@@ -54,8 +69,8 @@ def dynamic_map() -> Tensor:
     """The 256 signed values of the 8-bit dynamic map, rising, in [-1, 1]  # (256,)
 
     For each of seven powers of ten, 10^-6 to 10^0, the interval [0.1, 1] is split evenly into 2^i parts
-    (i = 0..6) and the middles are taken with both signs; then 0 and 1. Each power of ten has half the parts of the one above in
-    a tenth of its width, so the spacing still shrinks towards 0.
+    (i = 0..6) and the middles are taken with both signs; then 0 and 1. Each power of ten has half the parts of the
+    one above in a tenth of its width, so the spacing still shrinks towards 0.
     """
     values = [0.0, 1.0]
     for i in range(7):
@@ -82,7 +97,8 @@ def quantise(weight: Tensor, blocksize: int = 64, double_quant: bool = True) -> 
         raise ValueError(f"cannot quantise a weight of shape {tuple(weight.shape)} that holds NaN or infinity")
     blocks = in_blocks(weight, blocksize)  # (blocks, blocksize)
     absmax = blocks.abs().amax(dim=1)  # (blocks,)
-    # A block of zeros has absmax 0: the clamp keeps 0 / 0 out. Times the reciprocal, not a division: bitsandbytes' rounding.
+    # A block of zeros has absmax 0: the clamp keeps 0 / 0 out. Times the reciprocal, not a division: bitsandbytes'
+    # rounding.
     scaled = blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]
     index = nearest(scaled, NF4_CODE.to(weight.device)).to(torch.uint8).view(-1)[: weight.numel()]
     if index.numel() % 2:

@@ -55,7 +55,9 @@ def hugging_face_model(config: dict, directory: Path, seed: int = 0):
     with torch.no_grad():
         for name, parameter in hf.named_parameters():
             if parameter.ndim == 1:
-                parameter.copy_(1 + 0.3 * torch.randn_like(parameter) if "norm" in name else torch.randn_like(parameter))
+                parameter.copy_(
+                    1 + 0.3 * torch.randn_like(parameter) if "norm" in name else torch.randn_like(parameter)
+                )
             else:
                 parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
     hf.save_pretrained(directory)
@@ -88,8 +90,8 @@ def byte_tokenizer_json() -> dict:
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-            "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
             "vocab": {letters[b]: b for b in range(256)}, "merges": [],
         },
     }  # fmt: skip

@@ -35,7 +35,8 @@ def pairs(text):  # GPT-2 like: two digits merge where they can
 
 
 def random_model(vocabulary=2100, width=24, seed=0, sharpness=0.7, digit_bias=0.0):
-    """A fixed random function from token ids to log-probabilities, with the interface of Llama.prefill and Llama.extend."""
+    """A fixed random function from token ids to log-probabilities, with the interface of Llama.prefill and
+    Llama.extend."""
     weight = torch.randn(vocabulary, width, generator=torch.Generator().manual_seed(seed))
     head = torch.randn(vocabulary, width, generator=torch.Generator().manual_seed(seed + 1)) * sharpness
 
@@ -53,7 +54,10 @@ def random_model(vocabulary=2100, width=24, seed=0, sharpness=0.7, digit_bias=0.
     def extend(cache, tokens, parents, choices):
         rows = []
         for row in range(len(cache)):
-            new = [cache[row][parent] + [token] for token, parent in zip(tokens[row].tolist(), parents[row].tolist(), strict=True)]
+            new = [
+                cache[row][parent] + [token]
+                for token, parent in zip(tokens[row].tolist(), parents[row].tolist(), strict=True)
+            ]
             cache[row] += new
             rows.append(torch.stack([log_probs(ids) for ids in new]))
         out = torch.stack(rows)
@@ -95,7 +99,9 @@ def test_equals_brute_force_through_the_real_network(tiny):
     def log_probs(ids):
         key = tuple(ids)
         if key not in seen:
-            seen[key] = model(torch.tensor(ids), Layout.packed([len(ids)]), torch.tensor([len(ids) - 1]))[0].log_softmax(0)
+            seen[key] = model(torch.tensor(ids), Layout.packed([len(ids)]), torch.tensor([len(ids) - 1]))[
+                0
+            ].log_softmax(0)
         return seen[key]
 
     for row, prompt in enumerate(PROMPTS):
@@ -134,7 +140,9 @@ def test_pruning_opens_less_loses_nothing_and_moves_only_what_was_shut():
     pruned, cut = price_distribution(prefill, counting, PROMPTS, tree, prune)
     assert sum(opened) < 99  # it did prune
     np.testing.assert_allclose(pruned.sum(1), 1, rtol=1e-12)
-    certain = exact * full[:, None] > prune  # such a price lies below nodes that were all opened: only the sum it is divided by moves
+    certain = (
+        exact * full[:, None] > prune
+    )  # such a price lies below nodes that were all opened: only the sum it is divided by moves
     assert certain.sum() >= 20
     np.testing.assert_allclose((pruned * cut[:, None])[certain], (exact * full[:, None])[certain], rtol=1e-6)
 
@@ -205,7 +213,7 @@ def test_senseless_spelling_and_broken_models_are_refused():
         price_distribution(lambda p, c: (nan, None, None), None, [[1]], PriceTree.build(digits), prune=0.1)
 
 
-# ---- the losses --------------------------------------------------------------------------------------------------------
+# ---- the losses ----------------------------------------------------------------------------------------------------
 
 
 def example(price, encode=digits, prompt=(5, 6)):

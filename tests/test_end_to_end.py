@@ -1,4 +1,5 @@
-"""The three scripts as a user runs them, on a tiny random model: prices are learnt, numbers repeat, errors are one line."""
+"""The three scripts as a user runs them, on a tiny random model: prices are learnt, numbers repeat, errors are one
+line."""
 
 import csv
 import io
@@ -19,7 +20,9 @@ WORDS = {"tin": 8, "brass": 45, "silver": 260, "gold": 820}
 
 def run(*arguments, code=0):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-    result = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert result.returncode == code, result.stdout[-2000:] + result.stderr[-2000:]
     return result.stdout, result.stderr
 
@@ -38,7 +41,9 @@ def place(tmp_path_factory):
         rows.append({"title": f"{word} {n}", "price": price, "category": "ring", "description": " ".join([word] * 8)})
     (place / "items.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"title": "x", "price": "N/A"}\n')
     options = ["--lr", "5e-3", "--epochs", "3", "--batch", "16", "--val-items", "20", "--max-tokens", "140"]
-    out, _ = run("train.py", "--model", place / "model", "--data", place / "items.jsonl", "--out", place / "out", *options)
+    out, _ = run(
+        "train.py", "--model", place / "model", "--data", place / "items.jsonl", "--out", place / "out", *options
+    )
     (place / "train.txt").write_text(out)
     run("evaluate.py", "--ckpt", place / "out", "--quiet")
     return place
@@ -57,7 +62,12 @@ def test_the_error_falls_far_below_the_constants(place):
 
 def test_the_truth_is_printed_before_training(place):
     out = (place / "train.txt").read_text()
-    for words in ("left out: 1 rows with an unreadable price (first: row 701)", "trainable (LoRA), float32", "frozen linears, NF4", "carry the loss"):
+    for words in (
+        "left out: 1 rows with an unreadable price (first: row 701)",
+        "trainable (LoRA), float32",
+        "frozen linears, NF4",
+        "carry the loss",
+    ):
         assert words in out
     first = out.split("what is learnt in colour:")[1]
     assert "Price is $[" in first and "[.][0][0]" in first
@@ -66,7 +76,9 @@ def test_the_truth_is_printed_before_training(place):
 
 def test_checkpoint_is_complete_and_without_pickle(place):
     files = {str(p.relative_to(place / "out")) for p in (place / "out").rglob("*") if p.is_file()}
-    report = {f"report/{n}" for n in ("metrics.json", "predictions.csv", "scatter.png", "comparison.png", "report.html")}
+    report = {
+        f"report/{n}" for n in ("metrics.json", "predictions.csv", "scatter.png", "comparison.png", "report.html")
+    }
     state = {"state/optimiser.safetensors", "state/progress.json"}
     assert files == {"adapter_model.safetensors", "adapter_config.json", "run.json", "metrics.jsonl"} | report | state
     lines = [json.loads(line) for line in (place / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -97,7 +109,9 @@ def test_predict_prices_a_text_and_a_file(place):
     tin, _ = run("predict.py", "--ckpt", place / "out", "tin 3\nring\n" + " ".join(["tin"] * 8))
     price = [int(line.split()[0].lstrip("$")) for line in (gold, tin)]
     assert price[0] > 500 and price[1] < 60 and "(80 %: $" in gold
-    (place / "new.csv").write_text("title,category,description\n" + "".join(f"{w} 3,ring,{' '.join([w] * 8)}\n" for w in ("gold", "tin")))
+    (place / "new.csv").write_text(
+        "title,category,description\n" + "".join(f"{w} 3,ring,{' '.join([w] * 8)}\n" for w in ("gold", "tin"))
+    )
     table, _ = run("predict.py", "--ckpt", place / "out", "--file", place / "new.csv")
     lines = table.strip().splitlines()
     assert lines[0] == "text,price,low,high" and len(list(csv.reader(io.StringIO(table)))) == 3
@@ -106,7 +120,8 @@ def test_predict_prices_a_text_and_a_file(place):
 
 
 def test_merged_weights_give_the_prices_of_the_adapter(place):
-    """Logits of the merged directory, in 16 bits, against base in 4 bits plus adapter; and not those of the plain base."""
+    """Logits of the merged directory, in 16 bits, against base in 4 bits plus adapter; and not those of the plain
+    base."""
     import torch
     from conftest import our_model
 
@@ -117,15 +132,34 @@ def test_merged_weights_give_the_prices_of_the_adapter(place):
     tokens, layout = torch.arange(40, 100), Layout.packed([60])
     adapted = our_model(place / "model", bits=4)
     load_adapter(adapted, place / "out")
-    logits = [model(tokens, layout).detach() for model in (adapted, our_model(place / "merged"), our_model(place / "model"))]
+    logits = [
+        model(tokens, layout).detach() for model in (adapted, our_model(place / "merged"), our_model(place / "model"))
+    ]
     far = (logits[2] - logits[0]).norm()
     assert (logits[1] - logits[0]).norm() < 0.05 * far  # bfloat16 rounding of the merged weights
-    _, err = run("-m", "lora.merge", "--ckpt", place / "out", "--base", place / "model", "--out", place / "merged", code=2)
+    _, err = run(
+        "-m", "lora.merge", "--ckpt", place / "out", "--base", place / "model", "--out", place / "merged", code=2
+    )
     assert "exists" in err
 
 
 def test_16_bits_and_bfloat16_and_the_soft_loss_run(place):
-    options = ["--bits", "16", "--dtype", "bf16", "--loss", "soft", "--max-steps", "3", "--val-items", "0", "--optimiser", "sgd", "--max-tokens", "120"]
+    options = [
+        "--bits",
+        "16",
+        "--dtype",
+        "bf16",
+        "--loss",
+        "soft",
+        "--max-steps",
+        "3",
+        "--val-items",
+        "0",
+        "--optimiser",
+        "sgd",
+        "--max-tokens",
+        "120",
+    ]
     run("train.py", "--model", place / "model", "--data", place / "items.jsonl", "--out", place / "out16", *options)
     out, _ = run("evaluate.py", "--ckpt", place / "out16", "--quiet", "--no-untuned", "--dtype", "bf16", "--items", "5")
     assert "5 held-out items" in out
@@ -133,18 +167,46 @@ def test_16_bits_and_bfloat16_and_the_soft_loss_run(place):
 
 def test_accumulating_equals_the_large_batch(place):
     """Same items, same window, so the same adapter: a mean over all supervised tokens, not a mean of means."""
-    common = ["train.py", "--model", place / "model", "--data", place / "items.jsonl", "--dtype", "fp32", "--max-steps", "4", "--val-items", "0"]
+    common = [
+        "train.py",
+        "--model",
+        place / "model",
+        "--data",
+        place / "items.jsonl",
+        "--dtype",
+        "fp32",
+        "--max-steps",
+        "4",
+        "--val-items",
+        "0",
+    ]
     run(*common, "--batch", "12", "--out", place / "large")
     run(*common, "--batch", "4", "--accumulate", "3", "--out", place / "small")
     large, small = (load_file(place / name / "adapter_model.safetensors") for name in ("large", "small"))
     difference = max((large[k] - small[k]).abs().max().item() for k in large)
     assert difference < 2e-4, difference
-    losses = [[json.loads(x)["loss"] for x in (place / n / "metrics.jsonl").read_text().splitlines()] for n in ("large", "small")]
+    losses = [
+        [json.loads(x)["loss"] for x in (place / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("large", "small")
+    ]
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
 
 
 def test_a_resumed_run_equals_an_unbroken_one(place):
-    common = ["--model", place / "model", "--data", place / "items.jsonl", "--val-items", "0", "--dropout", "0.1", "--batch", "8", "--dtype", "fp32"]
+    common = [
+        "--model",
+        place / "model",
+        "--data",
+        place / "items.jsonl",
+        "--val-items",
+        "0",
+        "--dropout",
+        "0.1",
+        "--batch",
+        "8",
+        "--dtype",
+        "fp32",
+    ]
     run("train.py", *common, "--max-steps", "6", "--out", place / "whole")
     # Killed right after the checkpoint of step three.
     killed = """
@@ -187,7 +249,11 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(place, tmp_path):
         (["-m", "llama.gguf", tmp_path / "no.gguf", tmp_path / "x"], "no.gguf does not exist"),
     ]
     for arguments, words in cases:
-        out, err = run(*arguments, *(["--out", tmp_path / "o"] if arguments[0] == "train.py" and "--out" not in arguments else []), code=2)
+        out, err = run(
+            *arguments,
+            *(["--out", tmp_path / "o"] if arguments[0] == "train.py" and "--out" not in arguments else []),
+            code=2,
+        )
         last = err.strip().splitlines()[-1]
         assert last.startswith("error: ") and any(w in last for w in words.split("|")), (arguments, err)
         assert "Traceback" not in err

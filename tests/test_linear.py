@@ -20,7 +20,11 @@ def reference(linear, x, x_lora, lora_A, lora_B, grad):
     """The same in float64 by plain autograd, W dequantised once."""
     leaves = [t.detach().double().requires_grad_() for t in (x, x_lora, lora_A, lora_B)]
     weight, bias = linear.dequantise(torch.float32).double(), linear.bias
-    y = leaves[0] @ weight.T + SCALING * (leaves[1] @ leaves[2].T) @ leaves[3].T + (0 if bias is None else bias.double())
+    y = (
+        leaves[0] @ weight.T
+        + SCALING * (leaves[1] @ leaves[2].T) @ leaves[3].T
+        + (0 if bias is None else bias.double())
+    )
     return y, torch.autograd.grad(y, leaves, grad.double())
 
 
@@ -63,8 +67,12 @@ def test_without_lora_it_is_a_plain_linear():
 def test_gradients_against_finite_differences():
     """float64 end to end: the function's own formulas, nothing rounded."""
     g = torch.Generator().manual_seed(1)
-    linear = Linear16(torch.randn(6, 5, generator=g, dtype=torch.float64), torch.randn(6, generator=g, dtype=torch.float64))
-    leaves = [torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((4, 5), (4, 5), (2, 5), (6, 2))]
+    linear = Linear16(
+        torch.randn(6, 5, generator=g, dtype=torch.float64), torch.randn(6, generator=g, dtype=torch.float64)
+    )
+    leaves = [
+        torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((4, 5), (4, 5), (2, 5), (6, 2))
+    ]
 
     def numeric(x, x_lora, A, B):
         return FrozenLinearFunction.apply(x, x_lora, A, B, 1.5, linear)

@@ -76,7 +76,9 @@ def test_adapter_of_peft_loads_here_with_equal_logits_and_gradients(tiny, tmp_pa
     from peft import LoraConfig, get_peft_model
 
     hf, directory = tiny
-    peft = get_peft_model(hf, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM"))
+    peft = get_peft_model(
+        hf, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
+    )
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
             if "lora_" in name:
@@ -188,7 +190,10 @@ def test_damaged_adapters_are_refused_by_name(tmp_path):
     good = tmp_path / "good"
     good.mkdir()
     save_adapter(model, good, "x")
-    config, tensors = json.loads((good / "adapter_config.json").read_text()), load_file(good / "adapter_model.safetensors")
+    config, tensors = (
+        json.loads((good / "adapter_config.json").read_text()),
+        load_file(good / "adapter_model.safetensors"),
+    )
     key = next(k for k in tensors if k.endswith("lora_A.weight"))
     stray = key.replace("q_proj", "z_proj")
     cases = [

@@ -100,7 +100,9 @@ def test_tree_decoding(tiny):
     prompts = [list(range(10)), list(range(50, 57))]
     _, _, cache = model.prefill(prompts, ALL)
     first, _ = model.extend(cache, torch.tensor([[11, 12], [13, 14]]), torch.zeros(2, 2, dtype=torch.long), ALL)
-    second, _ = model.extend(cache, torch.tensor([[21, 22, 23], [24, 25, 26]]), torch.tensor([[2, 1, 2], [1, 1, 2]]), ALL)
+    second, _ = model.extend(
+        cache, torch.tensor([[21, 22, 23], [24, 25, 26]]), torch.tensor([[2, 1, 2], [1, 1, 2]]), ALL
+    )
     paths = [[[12, 21], [11, 22], [12, 23]], [[13, 24], [13, 25], [14, 26]]]
     for row, prompt in enumerate(prompts):
         for node, path in enumerate(paths[row]):

@@ -73,11 +73,14 @@ def test_zeros_survive_and_nan_is_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_cuda_kernels_differ_only_on_the_border_of_two_codes(double_quant):
-    """Bytes are allowed to differ only where a weight lies on the border of two codes (the kernel divides otherwise)."""
+    """Bytes are allowed to differ only where a weight lies on the border of two codes (the kernel divides
+    otherwise)."""
     weight = torch.randn(576, 1536, generator=torch.Generator().manual_seed(4)).cuda() * 0.03
     packed, state, ours = both(weight, double_quant=double_quant)
     assert (packed != ours.packed).float().mean() < 1e-5
     ours.packed = packed
     assert (state.absmax != ours.absmax).float().mean() < 1e-3
-    same = nf4.NF4Tensor(packed, state.absmax, weight.shape, 64, state.offset, state.state2.absmax if double_quant else None)
+    same = nf4.NF4Tensor(
+        packed, state.absmax, weight.shape, 64, state.offset, state.state2.absmax if double_quant else None
+    )
     torch.testing.assert_close(bnb.dequantize_4bit(packed, state), nf4.dequantise(same), rtol=1e-6, atol=1e-9)

@@ -26,7 +26,9 @@ def row(**changes):
 # ---- items ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value, dollars", [(12.5, 12.5), ("12.50", 12.5), ("$999.49", 999.49), (" $120 ", 120.0), (1, 1.0)])
+@pytest.mark.parametrize(
+    "value, dollars", [(12.5, 12.5), ("12.50", 12.5), ("$999.49", 999.49), (" $120 ", 120.0), (1, 1.0)]
+)
 def test_prices_that_are_read(value, dollars):
     assert parse_price(value) == dollars
 
@@ -100,7 +102,10 @@ def test_jsonl_csv_and_parquet_give_the_same_items(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    rows = [row(category="Kitchen", brand="Acme", price=12.5), row(title='Lamp, "tall"\nblue', brand="", category="Light", price=40.0)]
+    rows = [
+        row(category="Kitchen", brand="Acme", price=12.5),
+        row(title='Lamp, "tall"\nblue', brand="", category="Light", price=40.0),
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     with open(tmp_path / "a.csv", "w", newline="") as handle:
         writer = csv.DictWriter(handle, ["title", "price", "description", "category", "brand"])
@@ -116,7 +121,9 @@ def test_jsonl_csv_and_parquet_give_the_same_items(tmp_path):
 def test_a_published_prompt_gives_neither_question_nor_price_away():
     text = "How much does this cost to the nearest dollar?\n\nA mug, Price is $ on the label\n\nPrice is $13.00"
     assert item_from_row({"text": text, "price": 13}, 1).text == "A mug, Price is $ on the label"
-    item = item_from_row({"prompt": "What does this cost to the nearest dollar?\n\nA mug\n\nPrice is $", "completion": "13.00"}, 1)
+    item = item_from_row(
+        {"prompt": "What does this cost to the nearest dollar?\n\nA mug\n\nPrice is $", "completion": "13.00"}, 1
+    )
     assert (item.text, item.price) == ("A mug", 13.0)
 
 
@@ -153,14 +160,16 @@ def test_folders_of_hub_files_take_the_split_from_the_name(tmp_path):
 
 
 def test_pc_parts_equal_the_known_list(tmp_path, monkeypatch):
-    """Downloaded (here from a file URL), checked, written out: the 15,489 items of the shared file, no more, no less."""
+    """Downloaded (here from a file URL), checked, written out: the 15,489 items of the shared file, no more, no
+    less."""
     archive, known = shared("pc-part-dataset-jsonl.zip"), shared("pc_parts.jsonl")
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
     monkeypatch.setattr(sources, "PC_PARTS_URL", archive.as_uri())
     items, skipped, identity = sources.load_items("pc-parts", 0, 0)
     expected = [json.loads(line) for line in known.read_text().splitlines()]
     assert sorted((i.text, i.price) for i in items) == sorted(
-        ("\n".join(" ".join(e[part].split()) for part in ("title", "category", "description") if e[part]), e["price"]) for e in expected
+        ("\n".join(" ".join(e[part].split()) for part in ("title", "category", "description") if e[part]), e["price"])
+        for e in expected
     )
     assert identity["items"] == 15489 and sum(skipped.counts.values()) == 66_778 - 15_489
     assert not any("price per gb" in item.text for item in items)
@@ -170,8 +179,18 @@ def test_pc_parts_equal_the_known_list(tmp_path, monkeypatch):
 
 def test_pc_parts_rows_by_hand(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        part = {"name": "Fan", "price": 9.5, "price_per_gb": 1, "rpm": [500, 900], "pwm": True, "noise_level": None, "size": 120}
-        archive.writestr("data/case-fan.jsonl", "\n".join([json.dumps(part)] * 2 + [json.dumps(part | {"price": None})]))
+        part = {
+            "name": "Fan",
+            "price": 9.5,
+            "price_per_gb": 1,
+            "rpm": [500, 900],
+            "pwm": True,
+            "noise_level": None,
+            "size": 120,
+        }
+        archive.writestr(
+            "data/case-fan.jsonl", "\n".join([json.dumps(part)] * 2 + [json.dumps(part | {"price": None})])
+        )
     rows = list(sources.pc_parts_rows(tmp_path / "a.zip"))
     fan = {"title": "Fan", "category": "case fan", "description": "rpm: 500 / 900; pwm: yes; size: 120", "price": 9.5}
     assert rows[0] == (1, fan | {"repeated": False})
@@ -211,7 +230,9 @@ def test_the_mask_covers_exactly_the_answer(tokenizer):
         assert tokenizer.decode(example.prompt) == PROMPT.replace("{text}", item.text)
         assert tokenizer.decode(example.answer) == f"{item.dollars}.00"
         assert batch.tokens[start : start + length] == example.prompt + example.answer[:-1]
-        predicted = {a + 1 - start: t for a, t in zip(batch.at, batch.targets, strict=True) if start <= a < start + length}
+        predicted = {
+            a + 1 - start: t for a, t in zip(batch.at, batch.targets, strict=True) if start <= a < start + length
+        }
         whole = example.prompt + example.answer
         assert predicted == {i: whole[i] for i in range(len(example.prompt), len(whole))}
         start += length
@@ -223,7 +244,9 @@ def test_long_texts_are_cut_but_never_the_question(tokenizer):
     full = encode_prompt("x" * 500, tokenizer, 10_000)
     ids = encode_prompt("x" * 500, tokenizer, 100)
     assert len(ids) == 100 and len(full) > 500
-    assert tokenizer.decode(ids).startswith("How much does this cost") and tokenizer.decode(ids).endswith("xx\n\nPrice is $")
+    assert tokenizer.decode(ids).startswith("How much does this cost") and tokenizer.decode(ids).endswith(
+        "xx\n\nPrice is $"
+    )
     with pytest.raises(ValueError, match="the question alone takes"):
         encode_prompt("x" * 500, tokenizer, 20)
 
@@ -254,7 +277,15 @@ def test_batches_by_length_cover_all_longest_first():
 
 @pytest.mark.parametrize(
     "truth, guess, expected",
-    [(100, 139, "green"), (100, 140, "yellow"), (500, 401, "green"), (500, 400, "yellow"), (100, 179, "yellow"), (100, 180, "red"), (500, 300, "red")],
+    [
+        (100, 139, "green"),
+        (100, 140, "yellow"),
+        (500, 401, "green"),
+        (500, 400, "yellow"),
+        (100, 179, "yellow"),
+        (100, 180, "red"),
+        (500, 300, "red"),
+    ],
 )
 def test_colours(truth, guess, expected):
     assert colour(truth, guess) == expected
@@ -272,7 +303,11 @@ def test_score_by_hand():
     assert m["rmsle"] == pytest.approx(math.sqrt(sum(x * x for x in logs) / 3))
     assert m["r2"] == pytest.approx(1 - 12600 / ((160**2) + 70**2 + 230**2))
     assert (m["green"], m["yellow"], m["red"]) == (1, 2, 0) and m["hits"] == pytest.approx(1 / 3)
-    assert m["bands"] == {"$0-50": {"n": 1, "mae": 10}, "$100-200": {"n": 1, "mae": 50}, "$400-1000": {"n": 1, "mae": 100}}
+    assert m["bands"] == {
+        "$0-50": {"n": 1, "mae": 10},
+        "$100-200": {"n": 1, "mae": 50},
+        "$400-1000": {"n": 1, "mae": 100},
+    }
     assert m["categories"] == {"a": {"n": 2, "mae": 55}, "b": {"n": 1, "mae": 50}}
     low, high = m["mae_ci95"]
     assert 10 <= low < m["mae"] < high <= 100
@@ -287,7 +322,14 @@ def test_interval_is_seeded_and_near_the_normal_one():
 
 
 def test_bands_at_their_borders():
-    assert [band_of(p) for p in (0.5, 49.99, 50, 399.99, 400, 999.49)] == ["$0-50", "$0-50", "$50-100", "$200-400", "$400-1000", "$400-1000"]
+    assert [band_of(p) for p in (0.5, 49.99, 50, 399.99, 400, 999.49)] == [
+        "$0-50",
+        "$0-50",
+        "$50-100",
+        "$200-400",
+        "$400-1000",
+        "$400-1000",
+    ]
 
 
 def test_scores_that_make_no_sense_are_refused():
@@ -298,7 +340,10 @@ def test_scores_that_make_no_sense_are_refused():
 
 
 def test_baselines_learn_from_training_items_only():
-    train = [Item(str(n), "t", f"{'gold' if n % 2 else 'tin'} ring {n}", 500.0 if n % 2 else 10.0, "", "train") for n in range(40)]
+    train = [
+        Item(str(n), "t", f"{'gold' if n % 2 else 'tin'} ring {n}", 500.0 if n % 2 else 10.0, "", "train")
+        for n in range(40)
+    ]
     test = [Item("x", "t", "gold ring", 480.0, "", "test"), Item("y", "t", "tin ring", 12.0, "", "test")]
     assert BASELINES["constant: mean"](train, test).tolist() == [255, 255]
     assert BASELINES["constant: median"](train + [train[0]], test).tolist() == [10, 10]
@@ -311,15 +356,24 @@ def test_report_files_and_their_fields(tmp_path):
     truth = np.array([i.price for i in items])
     guess = truth * 1.3
     metrics = score(truth, guess, 60.0, ["c"] * 12) | {"seconds": 1.0, "decode": "median"}
-    write_report(tmp_path, metrics, items, guess, (guess - 5, guess + 5), {"fine-tuned": metrics, "other": metrics}, "about")
-    assert {p.name for p in tmp_path.iterdir()} == {"metrics.json", "predictions.csv", "scatter.png", "comparison.png", "report.html"}
-    fields = "n mae mae_ci95 median_error rmsle r2 hits green yellow red parse_failures constant_mae ratio seconds decode bands categories"
+    write_report(
+        tmp_path, metrics, items, guess, (guess - 5, guess + 5), {"fine-tuned": metrics, "other": metrics}, "about"
+    )
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "metrics.json",
+        "predictions.csv",
+        "scatter.png",
+        "comparison.png",
+        "report.html",
+    }
+    fields = "n mae mae_ci95 median_error rmsle r2 hits green yellow red parse_failures constant_mae ratio seconds "
+    fields += "decode bands categories"
     assert set(fields.split()) <= set(json.loads((tmp_path / "metrics.json").read_text()))
     with open(tmp_path / "predictions.csv", newline="") as handle:
         rows = list(csv.DictReader(handle))
     assert list(rows[0]) == ["id", "title", "truth", "guess", "low", "high", "error", "colour"]
     assert rows[11]["error"] == "36.00" and rows[11]["colour"] == "green" and rows[11]["title"] == "<b>item 11</b>"
     page = (tmp_path / "report.html").read_text()
-    assert "src=\"data:image/png" in page and "http" not in page.replace("http-equiv", "")
+    assert 'src="data:image/png' in page and "http" not in page.replace("http-equiv", "")
     assert "text &amp; more" in page
     assert (tmp_path / "scatter.png").read_bytes()[:4] == b"\x89PNG"

@@ -5,7 +5,6 @@ real vocabulary runs too, over every title of pc_parts.jsonl.
 """
 import io
 import json
-import os
 import random
 from pathlib import Path
 

@@ -32,10 +32,16 @@ NORM = "model.layers.1.input_layernorm.weight"
 CASES = {
     "missing": (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "lacks layers.1.mlp.up_proj.weight"),
     "unknown": (lambda t: t.update({"model.layers.0.extra": torch.ones(2)}), "unknown tensor layers.0.extra"),
-    "shape": (lambda t: t.update({NORM: torch.ones(5)}), r"layers.1.input_layernorm.weight is \(5,\), config.json asks for"),
+    "shape": (
+        lambda t: t.update({NORM: torch.ones(5)}),
+        r"layers.1.input_layernorm.weight is \(5,\), config.json asks for",
+    ),
     "dtype": (lambda t: t.update({NORM: t[NORM].int()}), "layers.1.input_layernorm.weight has dtype I32"),
     "NaN": (lambda t: t[NORM].fill_(float("nan")), "layers.1.input_layernorm.weight holds NaN"),
-    "infinity in a linear": (lambda t: t["model.layers.0.mlp.up_proj.weight"].fill_(float("inf")), "layers.0.mlp.up_proj.weight"),
+    "infinity in a linear": (
+        lambda t: t["model.layers.0.mlp.up_proj.weight"].fill_(float("inf")),
+        "layers.0.mlp.up_proj.weight",
+    ),
 }
 
 
@@ -56,7 +62,9 @@ def test_truncated_shard_missing_shard_and_missing_files(tiny, tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match="holds neither model.safetensors nor"):
         our_model(tiny[1])
-    (tiny[1] / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": "gone.safetensors"}}))
+    (tiny[1] / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": "gone.safetensors"}})
+    )
     with pytest.raises(ValueError, match="lacks|gone.safetensors is missing"):
         our_model(tiny[1])
     with pytest.raises(ValueError, match="config.json does not exist"):
@@ -117,7 +125,9 @@ def write_gguf(path, directory, rope_freqs=None, drop=()):
     letter = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([letter[b] for b in range(256)] + ["th"] + [f"<extra{i}>" for i in range(config["vocab_size"] - 257)])
+    writer.add_token_list(
+        [letter[b] for b in range(256)] + ["th"] + [f"<extra{i}>" for i in range(config["vocab_size"] - 257)]
+    )
     writer.add_token_types([1] * 257 + [3] * (config["vocab_size"] - 257))
     writer.add_token_merges(["t h"])
     for name, tensor in tensors.items():
@@ -207,7 +217,11 @@ def test_damaged_gguf_leaves_nothing(gguf_file, tmp_path):
 
 def test_names_that_are_nothing_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("")
-    for name, words in (("nowhere", "does not exist"), (str(tmp_path / "notes.txt"), "not a .gguf"), ("./a/b", "does not exist")):
+    for name, words in (
+        ("nowhere", "does not exist"),
+        (str(tmp_path / "notes.txt"), "not a .gguf"),
+        ("./a/b", "does not exist"),
+    ):
         with pytest.raises(ValueError, match=words):
             hub.resolve_model(name)
 
