@@ -14,11 +14,21 @@ from tqdm import tqdm
 
 from lora.checkpoint import write_directory
 from lora.inject import lora_layers
-from pricer import add_model_arguments, distributions, load_run, pick_device, pick_dtype, read_run, run_main
+from pricer import (
+    add_model_arguments,
+    check_same_data,
+    distributions,
+    load_run,
+    pick_device,
+    pick_dtype,
+    read_run,
+    run_main,
+)
 from pricing.baselines import BASELINES
 from pricing.catalogue import least_error
 from pricing.console import show_guess, table
 from pricing.decode import PICKS, PriceTree, greedy_prices, pick, quantile
+from pricing.items import sample
 from pricing.metrics import colour, score
 from pricing.prompt import encode_prompt
 from pricing.report import comparison_rows, write_report
@@ -31,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--ckpt", default="out", help="the directory that train.py wrote")
     parser.add_argument("--data", default=None, help="other data than the run's (its test split is priced)")
-    parser.add_argument("--items", type=int, default=None, help="price only the first so many test items")
+    parser.add_argument("--items", type=int, default=None, help="price a fixed sample of so many test items")
     parser.add_argument(
         "--decode", default="median", choices=PICKS, help="how one price is chosen from the distribution"
     )
@@ -79,22 +89,16 @@ def main() -> None:
     run = read_run(args.ckpt)
     options = run["options"]
     device = pick_device(args.device)
-    items, skipped, identity = load_items(
-        args.data or options["data"], options["size"], options["data_seed"], options["strict"]
-    )
-    if not args.data and (identity.get("sha256"), identity["items"]) != (
-        run["data"].get("sha256"),
-        run["data"]["items"],
-    ):
-        raise ValueError(
-            f"{options['data']} has changed since {args.ckpt} was trained on it: its splits cannot be trusted"
-        )
+    items, _, identity = load_items(options["data"], options["size"], options["data_seed"], options["strict"])
+    check_same_data(run, identity)
     train = [item for item in items if item.split == "train"]
-    test = [item for item in items if item.split == "test"][: args.items]
-    if not test or not train:
-        raise ValueError(
-            f"{args.data or options['data']}: no items in the {'train' if test else 'test'} split of {len(items)} items"
-        )
+    if args.data:  # priced by the same run and the same baselines, which know its own training items only
+        items, skipped, _ = load_items(args.data, options["size"], options["data_seed"])
+        print(f"data       {args.data}: {len(items):,} items" + (f"; left out: {skipped}" if skipped.counts else ""))
+    test = [item for item in items if item.split == "test"]
+    test = test if args.items is None else sample(test, args.items)
+    if not test:
+        raise ValueError(f"{args.data or options['data']}: none of the {len(items)} items is in the test split")
     truth, categories = np.array([item.price for item in test]), [item.category for item in test]
 
     model, tokenizer = load_run(args.ckpt, run, device, pick_dtype(args.dtype, device))
@@ -144,8 +148,8 @@ def main() -> None:
     # ---- report ----------------------------------------------------------------------------------------------------
     about = (
         f"{options['model']}, {options['bits']} bits, LoRA rank {options['rank']} on {options['targets']}, "
-        f"{run['steps']:,} steps on {options['data']}; {args.decode} of the distribution over whole dollars; "
-        f"{len(train):,} training items, test split by title."
+        f"{run['steps']:,} steps on {len(train):,} items of {options['data']}; {args.decode} of the distribution over "
+        f"whole dollars; test items of {args.data or options['data']}, split by title."
     )
     out = Path(args.ckpt) / "report"
     with write_directory(out) as part:

@@ -1,8 +1,9 @@
 """Price one description, or a file of them, with an 80 % range.
 
-python predict.py --ckpt out/ "Steel water bottle, 750 ml, double wall"
-python predict.py --ckpt out/ --file items.jsonl > prices.csv          .jsonl/.csv/.parquet with text or title, or
-.txt by line
+    python predict.py --ckpt out/ "Steel water bottle, 750 ml, double wall"
+    python predict.py --ckpt out/ --file items.jsonl > prices.csv
+
+A file is .jsonl, .csv or .parquet with `text`, or `title` and more, in each row; or .txt with a text in each line.
 """
 
 import argparse

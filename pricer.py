@@ -34,17 +34,14 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\nstopped; nothing half-written is left behind", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except torch.OutOfMemoryError as error:
-        first = str(error).splitlines()[0]
-        message = f"out of GPU memory ({first}); try a smaller --batch, with --accumulate to make up for it"
-    except (ValueError, OSError) as error:
-        message = str(error)
-    else:
-        return
-    if os.environ.get("DEBUG"):
-        raise
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        if os.environ.get("DEBUG"):
+            raise
+        message = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError):
+            message = "out of GPU memory; try a smaller --batch, with --accumulate to make up for it: " + message[:160]
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 def pick_device(name: str) -> torch.device:
@@ -100,15 +97,32 @@ def load_base(model_name: str, device, dtype, bits: int, blocksize: int = 64, do
     return model, tokenizer, directory
 
 
+def published_name(model_name: str) -> str:
+    """What other programs know a model by: smollm2's id on the hub, else what the user typed."""
+    return "HuggingFaceTB/SmolLM2-135M-Instruct" if model_name == "smollm2" else model_name
+
+
 def read_run(ckpt: str | Path) -> dict:
     """run.json of a checkpoint directory. Raises ValueError where it is none."""
     path = Path(ckpt) / "run.json"
     if not path.is_file():
         raise ValueError(f"{ckpt} is no checkpoint of train.py: it has no run.json")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        run = json.loads(path.read_text())
+        missing = {"model", "bits", "blocksize", "double_quant", "data", "size", "max_tokens"} - set(run["options"])
+        if missing or not {"prompt", "data", "steps"} <= set(run):
+            raise KeyError(", ".join(sorted(missing)))
+        return run
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or of another version: {error!r}") from None
+
+
+def check_same_data(run: dict, identity: dict) -> None:
+    """Raises ValueError where the data are no longer those of the run: what it held out would be unknown."""
+    if any(identity.get(key) != run["data"].get(key) for key in ("sha256", "items", "commit")):
+        raise ValueError(
+            f"{identity['data']} has changed since the run was trained on it: its splits cannot be trusted"
+        )
 
 
 def load_run(ckpt: str | Path, run: dict, device, dtype) -> tuple:

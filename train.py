@@ -1,8 +1,8 @@
 """Fine-tune a Llama in 4 bits to tell a product's price from its text: QLoRA in one plain loop.
 
-    python train.py --bits 4                                  SmolLM2-135M on the built-in catalogue, minutes on a
-    laptop python train.py --bits 4 --data pc-parts                  real products
-    python train.py --bits 4 --model meta-llama/Llama-3.1-8B --data items.jsonl --lr 1e-4        your own, on a GPU
+    python train.py --bits 4                                                 SmolLM2-135M on the built-in catalogue
+    python train.py --bits 4 --data pc-parts                                                   real products
+    python train.py --bits 4 --model meta-llama/Llama-3.1-8B --data items.jsonl --lr 1e-4      your own, on a GPU
 
 Read it downward: options, data, model, LoRA, batches, loop, checkpoint.
 """
@@ -23,22 +23,25 @@ from tqdm import tqdm
 
 from llama.attention import Layout
 from lora.adapter import load_adapter, save_adapter
-from lora.checkpoint import load_state, save_state, write_directory
+from lora.checkpoint import check_writable, load_state, save_state, write_directory
 from lora.inject import inject
 from pricer import (
     add_model_arguments,
+    check_same_data,
     distributions,
     load_base,
     memory_report,
     peak_memory,
     pick_device,
     pick_dtype,
+    published_name,
     read_run,
     run_main,
 )
 from pricing.batch import batches, pack
 from pricing.console import show_example
 from pricing.decode import PriceTree, pick
+from pricing.items import sample
 from pricing.loss import LOSSES, AnswerLoss
 from pricing.prompt import PROMPT, encode_items
 from pricing.sources import load_items
@@ -111,9 +114,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group.add_argument("--resume", action="store_true", help="go on from --out, with the options it was started with")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
-    for name in ("size", "max_tokens", "batch", "accumulate", "log_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name, least in dict(size=1, max_tokens=1, batch=1, accumulate=1, log_every=1, val_items=0, warmup=0).items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")}
+    if args.resume and (others := given - {"--resume", "--out", "--device"}):
+        parser.error(f"--resume goes on with the options of the first start; leave out {', '.join(sorted(others))}")
     for name in ("epochs", "lr", "clip", "soft_width", "max_minutes", "max_steps", "val_every", "save_every"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
@@ -134,16 +140,21 @@ def main() -> None:
     device = pick_device(args.device)
     if args.resume:
         run = read_run(out)
-        args = argparse.Namespace(**run["options"] | {"resume": True, "out": args.out, "device": args.device})
+        args = argparse.Namespace(
+            **vars(args) | run["options"] | {"out": args.out, "device": args.device, "resume": True}
+        )
     elif out.exists() and not (out / "run.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists and is no earlier run of train.py; choose another name")
+    check_writable(out)
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
 
     # ---- data ------------------------------------------------------------------------------------------------------
     items, skipped, identity = load_items(args.data, args.size, args.data_seed, args.strict)
     train_items = [item for item in items if item.split == "train"]
-    val_items = [item for item in items if item.split == "val"][: args.val_items]
+    val_items = sample([item for item in items if item.split == "val"], args.val_items)
+    if args.resume:
+        check_same_data(run, identity)
     if not train_items:
         raise ValueError(f"{args.data}: none of the {len(items)} items is in the train split")
     print(
@@ -173,17 +184,18 @@ def main() -> None:
     val_truth = np.array([item.price for item in val_items])
     tree = PriceTree.build(tokenizer.encode_answer)
     answer_loss = AnswerLoss(args.loss, tree, args.soft_width, device)
-    forward_passes = math.ceil(args.epochs * math.ceil(len(examples) / args.batch))  # an epoch's last one may be short
+    # The last batch of an epoch may be short: it is trained on, not dropped.
+    forward_passes = math.ceil(args.epochs * math.ceil(len(examples) / args.batch))
     total_steps = min(math.ceil(forward_passes / args.accumulate), args.max_steps or 10**12)
     val_every = args.val_every or max(1, total_steps // 2)
-    step, spent, metrics = 0, 0.0, []  # step counts optimiser steps, spent counts seconds
+    progress = {"step": 0, "seconds": 0.0, "tokens": 0}
+    metrics = []
     if args.resume:
-        step, spent = load_state(out / "state", parameters, optimiser)
+        progress = load_state(out / "state", parameters, optimiser)
         metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     # batches() never ends and yields (epoch, examples): cut to what this run still has to do.
-    stream = islice(
-        batches(examples, args.batch, args.seed, start=step * args.accumulate), forward_passes - step * args.accumulate
-    )
+    step, done = progress["step"], progress["step"] * args.accumulate
+    stream = islice(batches(examples, args.batch, args.seed, start=done), max(0, forward_passes - done))
 
     # ---- the truth, before anything is trained ---------------------------------------------------------------------
     lengths = [len(e.prompt) + len(e.answer) for e in examples]
@@ -196,102 +208,114 @@ def main() -> None:
         f"tokens     {sum(lengths):,} an epoch, {np.mean(lengths):.0f} an item, "
         f"of which {np.mean([len(e.answer) for e in examples]):.1f} carry the loss"
     )
+    if cut := sum(e.cut for e in examples):
+        print(f"           {cut:,} texts are longer than --max-tokens {args.max_tokens} and were cut")
     print(f"steps      {total_steps:,} of {args.batch * args.accumulate} items; first item, what is learnt in colour:")
     print(show_example(next(batches(examples, args.batch, args.seed))[1][0], tokenizer), flush=True)
 
-    def save(done: int, seconds: float) -> None:
+    def save() -> None:
         """A whole checkpoint directory, under its name only when complete."""
         record = {
             "options": {k: v for k, v in vars(args).items() if k != "resume"},
             "base_model": {"name": args.model, "directory": directory.name},
-            "data": identity
-            | {"train": len(train_items), "mean_price": float(np.mean([i.price for i in train_items]))},
+            "data": identity | {"train": len(train_items)},
             "prompt": PROMPT,
             "split": "by `split` column, else by hash of the title: 85 % train, 5 % val, 10 % test",
             "versions": {name: version(name) for name in ("torch", "bitsandbytes", "safetensors", "tiktoken")}
             | {"python": platform.python_version()},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-            "steps": done,
-            "seconds": round(seconds, 1),
-            "tokens": sum(m["tokens"] for m in metrics),
+            "compute_dtype": str(dtype).removeprefix("torch."),
+            "steps": step,
+            "seconds": round(progress["seconds"], 1),
+            "tokens": progress["tokens"],
             "peak_memory_gib": round(peak_memory(device), 3),
         }
         with write_directory(out) as part:
-            save_adapter(model, part, base_model=args.model)
-            save_state(part / "state", parameters, optimiser, done, seconds)
+            save_adapter(model, part, base_model=published_name(args.model))
+            save_state(part / "state", parameters, optimiser, progress)
             (part / "run.json").write_text(json.dumps(record, indent=2) + "\n")
-            (part / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+            (part / "metrics.jsonl").write_text("".join(json.dumps(m, allow_nan=False) + "\n" for m in metrics))
+
+    def validate() -> float:
+        """Dollars of mean absolute error on the validation items, by the median"""
+        model.eval()
+        guesses = pick(distributions(model, tree, val_prompts, args.batch, prune=1e-3), "median")
+        model.train()
+        return float(np.abs(guesses - val_truth).mean())
 
     # ---- loop ------------------------------------------------------------------------------------------------------
     bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
-    began, val_mae, bad_steps = time.perf_counter() - spent, None, 0
-    saved_at = None
+    began, dollars, bad_steps, saved_at = (
+        time.perf_counter() - progress["seconds"],
+        "",
+        0,
+        step if args.resume else None,
+    )
     while step < total_steps:
         started = time.perf_counter()
-        progress = (
-            step + 0.5
-        ) / total_steps  # the middle of the step, so that neither the first nor the last rate is 0
+        share = (step + 0.5) / total_steps  # of the run; the middle of the step, so that no rate is 0
         if args.max_minutes:
-            progress = max(progress, (started - began) / (60 * args.max_minutes))
-            if progress >= 1:
-                break
+            share = max(share, (started - began) / (60 * args.max_minutes))
         window = [pack(chosen) for _, chosen in islice(stream, args.accumulate)]
-        if not window:
+        if share >= 1 or not window:
             break
         # One mean over every supervised token of the window: a mean of means would weigh short batches more.
         supervised = sum(len(batch.targets) for batch in window)
-        total_loss = 0.0
+        loss_sum = 0.0
         for batch in window:
             tokens = torch.tensor(batch.tokens, device=device)  # (N,)
             at = torch.tensor(batch.at, device=device)  # (M,)
             logits = model(tokens, Layout.packed(batch.lengths, device), at)  # (M, V)
             loss = answer_loss(logits, batch) / supervised  # a sum in nats, divided once for the whole window
             loss.backward()
-            total_loss += loss.item()  # nats a supervised token
+            loss_sum += loss.item()  # nats a supervised token
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip).item()
-        rate = learning_rate(progress, args.lr, args.schedule, args.warmup)
-        if math.isfinite(total_loss) and math.isfinite(norm):
+        rate = learning_rate(share, args.lr, args.schedule, args.warmup)
+        finite = math.isfinite(loss_sum) and math.isfinite(norm)
+        bad_steps = 0 if finite else bad_steps + 1
+        if finite:
             for group in optimiser.param_groups:
                 group["lr"] = rate
             optimiser.step()
-            bad_steps = 0
         else:  # leave the weights as they are, and say so
-            bad_steps += 1
-            tqdm.write(
-                f"step {step + 1}: loss {total_loss} or gradient {norm} is not finite; step left out", file=sys.stderr
-            )
+            tqdm.write(f"step {step + 1}: loss {loss_sum}, gradient {norm}: not finite, step left out", file=sys.stderr)
             if bad_steps == 10:
-                raise ValueError(
-                    "ten steps in a row without a finite loss: lower --lr, or check the data; "
-                    "the last checkpoint stands"
-                )
+                raise ValueError("ten steps in a row without a finite loss: lower --lr, or check the data")
         optimiser.zero_grad(set_to_none=True)
         step += 1
 
-        n_tokens = sum(batch.real_tokens for batch in window)
-        speed = n_tokens / (time.perf_counter() - started)
-        if val_items and (step % val_every == 0 or step == total_steps):
-            model.eval()
-            guesses = pick(distributions(model, tree, val_prompts, args.batch, prune=1e-3), "median")
-            val_mae = float(np.abs(guesses - val_truth).mean())
-            model.train()
-        if step % args.log_every == 0 or step == total_steps:
+        real_tokens = sum(batch.real_tokens for batch in window)
+        speed = real_tokens / (time.perf_counter() - started)
+        checked = validate() if val_items and step % val_every == 0 and step < total_steps else None
+        if checked is not None:
+            dollars = f", off by ${checked:.2f} on {len(val_items)} validation items"
+        progress = {"step": step, "seconds": time.perf_counter() - began, "tokens": progress["tokens"] + real_tokens}
+        if step % args.log_every == 0 or checked is not None or step == total_steps:
             metrics.append({
-                "step": step, "loss": round(total_loss, 5), "lr": rate, "grad_norm": round(norm, 4), "tokens": n_tokens,
+                "step": step, "loss": round(loss_sum, 5) if finite else None, "lr": rate,
+                "grad_norm": round(norm, 4) if finite else None, "tokens": real_tokens,
                 "tokens_per_second": round(speed, 1), "peak_memory_gib": round(peak_memory(device), 3),
-                "val_mae_dollars": val_mae,
+                "val_mae_dollars": checked,
             })  # fmt: skip
-        dollars = "" if val_mae is None else f", off by ${val_mae:.2f} on {len(val_items)} validation items"
-        bar.set_postfix_str(f"loss {total_loss:.3f}{dollars}, {speed:,.0f} tokens/s, {peak_memory(device):.2f} GiB")
+        bar.set_postfix_str(f"loss {loss_sum:.3f}{dollars}, {speed:,.0f} tokens/s, {peak_memory(device):.2f} GiB")
         bar.update()
-        if args.save_every and step % args.save_every == 0:
-            save(step, time.perf_counter() - began)
+        if args.save_every and step % args.save_every == 0 and step < total_steps:
+            save()
             saved_at = step
     bar.close()
 
-    if saved_at != step:
-        save(step, time.perf_counter() - began)
-    print(f"trained {step:,} steps in {time.perf_counter() - began:,.0f} s; checkpoint in {out}/")
+    if saved_at != step:  # a resumed run that was complete already has nothing to add
+        if val_items:
+            if not metrics or metrics[-1]["step"] != step:
+                metrics.append({"step": step})
+            metrics[-1]["val_mae_dollars"] = validate()
+            print(f"validation off by ${metrics[-1]['val_mae_dollars']:.2f} on {len(val_items)} items")
+        progress["seconds"] = time.perf_counter() - began
+        save()
+    overall = (
+        f"{progress['seconds']:,.0f} s, {progress['tokens'] / max(progress['seconds'], 1e-9):,.0f} tokens/s over all"
+    )
+    print(f"trained    {step:,} steps in {overall}; checkpoint in {out}/")
     print(f"now run    python evaluate.py --ckpt {out}/")
 
 

@@ -116,7 +116,7 @@ def download_from_hub(model: str) -> Path:
 
 def resolve_model(model: str) -> Path:
     """What follows `--model` -> a local directory. Raises ValueError or OSError with one clear line."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_dir():
         return path
     if path.is_file():

@@ -33,7 +33,7 @@ class Checkpoint:
         if index.is_file():
             try:
                 listed = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError) as error:
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(f"{index} is damaged: {error!r}") from None
         elif (self.directory / "model.safetensors").is_file():
             listed = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")

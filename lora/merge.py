@@ -8,7 +8,7 @@ What is W? A run with `--bits 4` learnt beside the *dequantised* weight, quantis
 original
 16-bit weight the sum is another model; so each target is first quantised and dequantised as in training (on a CPU
 here: a run trained on CUDA may differ in the few values that quant/nf4.py tells of).
-Other tensors are copied. The base is read and written shard by shard.
+Other tensors are rounded to bfloat16. The base is read and written shard by shard.
 """
 
 import argparse
@@ -35,11 +35,12 @@ def merged_weight(
 
 
 def merge(ckpt: Path, base: Path, out: Path) -> int:
-    """Write `out`; returns the number of merged matrices. Raises ValueError in one line when adapter and base do not
-    fit."""
+    """Write `out`; returns the number of merged matrices. Raises ValueError where adapter and base do not fit."""
     try:
         options = json.loads((ckpt / "run.json").read_text())["options"]
+        quant = {key: options[key] for key in ("bits", "blocksize", "double_quant")}
         config = json.loads((ckpt / "adapter_config.json").read_text())
+        scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
         adapter = load_file(ckpt / "adapter_model.safetensors")
     except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{ckpt} is no whole checkpoint of train.py: {error}") from None
@@ -48,8 +49,6 @@ def merge(ckpt: Path, base: Path, out: Path) -> int:
     shards = sorted(base.glob("*.safetensors"))
     if not shards:
         raise ValueError(f"{base} holds no safetensors")
-    scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
-    quant = {key: options[key] for key in ("bits", "blocksize", "double_quant")}
     merged = 0
     with write_directory(out) as part:
         for file in base.iterdir():
@@ -59,16 +58,19 @@ def merge(ckpt: Path, base: Path, out: Path) -> int:
             with safe_open(shard, framework="pt") as tensors:
                 written = {}
                 for key in tensors.keys():
-                    written[key] = tensors.get_tensor(key)
+                    weight = tensors.get_tensor(key)
+                    written[key] = weight.to(torch.bfloat16)
                     name = PREFIX + key.removeprefix("model.").removesuffix(".weight")
                     lora_A, lora_B = (
                         adapter.pop(f"{name}.lora_A.weight", None),
                         adapter.pop(f"{name}.lora_B.weight", None),
                     )
                     if lora_A is not None:
-                        written[key] = merged_weight(written[key], lora_A, lora_B, scaling, **quant)
+                        written[key] = merged_weight(weight, lora_A, lora_B, scaling, **quant)
                         merged += 1
                 save_file(written, part / shard.name, metadata={"format": "pt"})
+        described = json.loads((part / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
+        (part / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         if adapter:
             raise ValueError(f"{base} lacks the weight that {next(iter(adapter))} belongs to: another base model?")
     return merged
@@ -84,6 +86,6 @@ if __name__ == "__main__":
     args = parser.parse_args()
     try:
         print(f"merged {merge(args.ckpt, args.base, args.out)} matrices into {args.out}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -54,6 +54,10 @@ class PriceTree:
         nodes = sorted(inner | set(paths), key=lambda path: (len(path), path))
         number = {path: node for node, path in enumerate(nodes)}
         choices = sorted({token for path in paths for token in path})
+        # What training writes must run along the tree: "12.00" through 1, 2 and ".", with no ".00" in one piece.
+        for path, price in paths.items():
+            if tuple(encode_answer(f"{price}.00"))[: len(path)] != path:
+                raise ValueError(f'the tokeniser spells "{price}.00" unlike "{price}" and "."; prices cannot be scored')
         depths = range(max(map(len, paths)))
         return PriceTree(
             choices=choices,

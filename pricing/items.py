@@ -66,16 +66,21 @@ def split_of(title: str) -> str:
     return "test" if bucket < TEST_SHARE else "val" if bucket < TEST_SHARE + VAL_SHARE else "train"
 
 
+def sample(items: list[Item], count: int) -> list[Item]:
+    """`count` of the items, always the same ones, whatever the order of the file (which is often by category)."""
+    return sorted(items, key=lambda item: hashlib.sha256(f"{item.text}|{item.id}".encode()).digest())[:count]
+
+
 def parse_price(value) -> float:
     """Dollars from 12.5, "12.50" or "$1,299.00". Raises ValueError with the reason."""
     if value is None or value == "":
         raise ValueError("rows without a price")
     try:
         if isinstance(value, str):
-            value = value.strip().removeprefix("$")
-            if re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d*)?", value):  # "9,50" is not 950: a decimal comma is unreadable
-                value = value.replace(",", "")
-        price = float(value)
+            # Commas only between groups of three digits: "9,50" is not 950, it is unreadable.
+            number = re.fullmatch(r"\s*\$?\s*(-?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?)\s*", value, re.ASCII)
+            value = number[1].replace(",", "") if number else None
+        price = float(None if isinstance(value, bool) else value)
     except (ValueError, TypeError):
         raise ValueError("rows with an unreadable price") from None
     if not MIN_PRICE <= price <= MAX_PRICE:  # NaN fails this too
@@ -89,10 +94,12 @@ def clean(value) -> str:
 
 
 def text_of(row: dict) -> str:
-    """What the model reads: `text` (or `summary`, `prompt`), else title, category, brand and description, a line
-    each."""
-    for key in ("text", "summary", "prompt"):
-        if row.get(key):
+    """What the model reads: `text`, else title, category, brand and description, a line each.
+
+    `summary` and `prompt`, as published price data sets call it, stand in for `text` where there is no description.
+    """
+    for key in ("text",) if clean(row.get("description")) else ("text", "summary", "prompt"):
+        if clean(row.get(key)):
             return ANSWER.sub("", QUESTION.sub("", str(row[key]).strip())).strip()
     title, brand, description = (clean(row.get(key)) for key in ("title", "brand", "description"))
     said = brand.lower() in f"{title} {description}".lower()
@@ -110,19 +117,17 @@ def item_from_row(row: dict, number: int) -> Item:
     text = text_of(row)
     if not re.search(r"\w", text):
         raise ValueError("rows without text")
-    title = clean(row.get("title")) or text.splitlines()[0]
+    title = clean(row.get("title"))
     split = clean(row.get("split")).lower()
     if split and split not in SPLITS:
         raise ValueError("rows whose split is not train, val or test")
-    fair = row.get("fair_price")
     return Item(
         id=clean(row.get("id")) or str(number),
-        title=title,
+        title=title or text.splitlines()[0],
         text=text,
         price=price,
         category=clean(row.get("category")),
-        split=SPLITS[split] if split else split_of(title),
-        fair_price=None if fair is None else float(fair),
+        split=SPLITS[split] if split else split_of(title or text),  # without a title, the whole text
     )
 
 
@@ -143,9 +148,12 @@ def read_rows(path: str | Path, need_price: bool = True) -> Iterator[tuple[int, 
     elif kind == ".csv":
         with open(path, encoding="utf-8-sig", errors="replace", newline="") as lines:
             reader = csv.DictReader(lines)
-            if need_price and "price" not in (reader.fieldnames or []):
-                raise ValueError(f"{path}: the first line must name the columns, `price` among them")
-            yield from enumerate(reader, 1)
+            try:
+                if need_price and "price" not in (reader.fieldnames or []):
+                    raise ValueError(f"{path}: the first line must name the columns, `price` among them")
+                yield from enumerate(reader, 1)
+            except csv.Error as error:
+                raise ValueError(f"{path}, line {reader.line_num}: {error}; is a quotation mark left open?") from None
     elif kind == ".parquet":
         import pyarrow
         import pyarrow.parquet

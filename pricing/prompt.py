@@ -8,7 +8,6 @@ search.
 """
 
 from dataclasses import dataclass
-from typing import Callable
 
 from pricing.items import Item
 
@@ -20,6 +19,7 @@ class Example:
     prompt: list[int]  # token ids up to and with the "$"
     answer: list[int]  # token ids of `123.00`; the loss is on these and nothing else
     price: float  # dollars
+    cut: bool = False  # the text was too long and lost its end
 
 
 def answer_text(dollars: int) -> str:
@@ -50,12 +50,9 @@ def encode_prompt(text: str, tokenizer, max_tokens: int, template: str = PROMPT)
 
 def encode_items(items: list[Item], tokenizer, max_tokens: int, template: str = PROMPT) -> list[Example]:
     """An Example for each item; `max_tokens` bounds the prompt (the answer adds up to 6)."""
-    encode_answer: Callable = tokenizer.encode_answer
-    return [
-        Example(
-            encode_prompt(item.text, tokenizer, max_tokens, template),
-            encode_answer(answer_text(item.dollars)),
-            item.price,
-        )
-        for item in items
-    ]
+    examples = []
+    for item in items:
+        prompt = encode_prompt(item.text, tokenizer, max_tokens, template)
+        cut = len(tokenizer.encode_prompt(template.replace("{text}", item.text))) > max_tokens
+        examples.append(Example(prompt, tokenizer.encode_answer(answer_text(item.dollars)), item.price, cut))
+    return examples

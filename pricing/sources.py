@@ -7,6 +7,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -80,13 +81,13 @@ def pc_parts_rows(archive: Path):
                 seen.add(key)
 
 
-def hub_rows(name: str):
-    """(number, row) of every Parquet or JSONL file of a hub data set; the split is read off the file's name."""
+def download_from_hub(name: str) -> Path:
+    """The directory with the data files of a hub data set. Raises OSError in one line."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        root = Path(snapshot_download(name, repo_type="dataset", allow_patterns=["*.parquet", "*.jsonl", "*.csv"]))
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["*.parquet", "*.jsonl", "*.csv"]))
     except GatedRepoError:
         raise OSError(
             f"data set {name} is gated: accept its terms on its page, then log in with `hf auth login`"
@@ -96,7 +97,6 @@ def hub_rows(name: str):
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OSError(f"cannot fetch data set {name} from the hub: {reason}") from None
-    return folder_rows(root)
 
 
 def folder_rows(root: Path):
@@ -116,10 +116,11 @@ def load_items(data: str, size: int, seed: int, strict: bool = False) -> tuple[l
 
     `size` and `seed` are the catalogue's. Raises ValueError or OSError with one clear line.
     """
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
+    made = []
     if data == "catalogue":
-        rows = enumerate(catalogue.generate(size, seed), 1)
-        identity = {"size": size, "seed": seed}
+        made = catalogue.generate(size, seed)
+        rows, identity = enumerate(made, 1), {"size": size, "seed": seed}
     elif data == "pc-parts":
         rows = pc_parts_rows(
             download(PC_PARTS_URL, PC_PARTS_SHA256, cache_directory() / f"pc-parts-{PC_PARTS_SHA256[:16]}.zip")
@@ -131,10 +132,13 @@ def load_items(data: str, size: int, seed: int, strict: bool = False) -> tuple[l
         with open(path, "rb") as handle:
             identity = {"sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
     elif data.count("/") == 1 and not path.suffix and not data.startswith((".", "~", "/")):
-        rows, identity = hub_rows(data), {}
+        root = download_from_hub(data)
+        rows, identity = folder_rows(root), {"commit": root.name}  # the hub's cache names a snapshot by its commit
     else:
         raise ValueError(
             f"data file {data} does not exist; --data takes catalogue, pc-parts, a file or a hub data set org/name"
         )
     items, skipped = items_from_rows(rows, data, strict)
+    if made:  # only here is the price without its noise known
+        items = [replace(item, fair_price=made[int(item.id) - 1]["fair_price"]) for item in items]
     return items, skipped, {"data": data, "items": len(items)} | identity

@@ -205,6 +205,16 @@ def test_the_median_has_the_least_expected_absolute_error():
     assert int(pick(p, "median")[0]) == int(np.argmin(expected))
 
 
+def test_an_answer_that_leaves_the_tree_is_refused():
+    """A tokeniser with ".00" in one piece: training would teach a token that scoring never asks about."""
+
+    def one_piece(text):
+        return [ord(c) for c in text.removesuffix(".00")] + [299] * text.endswith(".00")
+
+    with pytest.raises(ValueError, match='unlike "0" and "."|unlike "1" and "."'):
+        PriceTree.build(one_piece)
+
+
 def test_senseless_spelling_and_broken_models_are_refused():
     with pytest.raises(ValueError, match="does not spell"):
         PriceTree.build(lambda text: [7])

@@ -226,12 +226,38 @@ train.main()
     assert all((whole[k] == broken[k]).all() for k in whole)
     steps = [json.loads(x)["step"] for x in (place / "broken" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
+    # Complete: resuming again adds nothing and takes nothing away. Other options or other data are refused.
+    (place / "broken" / "note.txt").write_text("mine")
+    out, _ = run("train.py", "--resume", "--out", place / "broken")
+    assert "trained    6 steps" in out and (place / "broken" / "note.txt").is_file()
+    _, err = run("train.py", "--resume", "--out", place / "broken", "--lr", "1", code=2)
+    assert "leave out --lr" in err
+    record = json.loads((place / "broken" / "run.json").read_text())
+    record["data"]["items"] = 5
+    (place / "broken" / "run.json").write_text(json.dumps(record))
+    _, err = run("train.py", "--resume", "--out", place / "broken", code=2)
+    assert "has changed since" in err
+
+
+def test_epochs_end_with_their_short_batch_and_minutes_end_with_a_validation(place, tmp_path):
+    rows = [json.dumps({"title": f"t {n}", "price": 5, "split": "val" if n < 3 else "train"}) for n in range(20)]
+    (tmp_path / "few.jsonl").write_text("\n".join(rows))
+    common = ["train.py", "--model", place / "model", "--data", tmp_path / "few.jsonl", "--out", tmp_path / "o"]
+    run(*common, "--batch", "16", "--epochs", "3")  # 17 items: two batches an epoch
+    record = json.loads((tmp_path / "o" / "run.json").read_text())
+    assert record["steps"] == 6
+    run(*common, "--epochs", "1000", "--max-minutes", "0.03", "--log-every", "7")
+    lines = [json.loads(x) for x in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < lines[-1]["step"] < 2000 and lines[-1]["val_mae_dollars"] is not None
+    assert json.loads((tmp_path / "o" / "run.json").read_text())["tokens"] > sum(x.get("tokens", 0) for x in lines)
 
 
 def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(place, tmp_path):
     model, data = ["--model", place / "model"], ["--data", place / "items.jsonl"]
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "bare").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "run.json").write_text("{}")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("do not lose me")
     cases = [
@@ -245,6 +271,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(place, tmp_path):
         (["train.py", "--resume", "--out", tmp_path / "bare"], "bare is no checkpoint of train.py"),
         (["evaluate.py", "--ckpt", tmp_path / "bare"], "bare is no checkpoint of train.py"),
         (["predict.py", "--ckpt", tmp_path / "nowhere", "mug"], "nowhere is no checkpoint of train.py"),
+        (["predict.py", "--ckpt", tmp_path / "damaged", "mug"], "run.json is damaged or of another version"),
         (["predict.py", "--ckpt", place / "out", " "], "the text to price is empty"),
         (["-m", "llama.gguf", tmp_path / "no.gguf", tmp_path / "x"], "no.gguf does not exist"),
     ]

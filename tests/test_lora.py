@@ -145,14 +145,14 @@ def test_resume_goes_on_as_if_never_stopped(tiny, tmp_path):
     parameters, optimiser, losses = train_a_little(first, steps=3)
     with write_directory(tmp_path / "run") as part:
         save_adapter(first, part, "x")
-        save_state(part / "state", parameters, optimiser, step=3, seconds=1.5)
+        save_state(part / "state", parameters, optimiser, {"step": 3, "seconds": 1.5})
 
     torch.manual_seed(99)
     second = our_model(tiny[1], 4)
     load_adapter(second, tmp_path / "run")
     parameters = {n: p for n, p in second.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(parameters.values(), lr=1e-2)
-    assert load_state(tmp_path / "run" / "state", parameters, optimiser) == (3, 1.5)
+    assert load_state(tmp_path / "run" / "state", parameters, optimiser) == {"step": 3, "seconds": 1.5}
     losses += [train_step(second, optimiser) for _ in range(3)]
     assert losses == expected
 
@@ -166,6 +166,35 @@ def test_an_interrupted_write_leaves_the_old_directory(tmp_path):
             raise KeyboardInterrupt
     assert (tmp_path / "run" / "a").read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_failure_between_the_two_renames_puts_the_old_directory_back(tmp_path, monkeypatch):
+    import os
+
+    with write_directory(tmp_path / "run") as part:
+        (part / "a").write_text("first")
+    rename, calls = os.rename, []
+
+    def failing(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError("disk gone")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="disk gone"):
+        with write_directory(tmp_path / "run") as part:
+            (part / "a").write_text("second")
+    assert (tmp_path / "run" / "a").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_symbolic_link_stays_one(tmp_path):
+    (tmp_path / "disk" / "run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "run")
+    with write_directory(tmp_path / "link") as part:
+        (part / "a").write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "run" / "a").read_text() == "new"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,16 @@ from llama.tokenizer import Tokenizer
 from pricing import sources
 from pricing.baselines import BASELINES
 from pricing.batch import batches, by_length, pack
-from pricing.items import Item, item_from_row, items_from_rows, normalise_title, parse_price, read_rows, split_of
+from pricing.items import (
+    Item,
+    item_from_row,
+    items_from_rows,
+    normalise_title,
+    parse_price,
+    read_rows,
+    sample,
+    split_of,
+)
 from pricing.metrics import band_of, bootstrap_interval, colour, score
 from pricing.prompt import PROMPT, Example, encode_items, encode_prompt
 from pricing.report import write_report
@@ -46,8 +55,9 @@ def test_prices_that_are_read(value, dollars):
         (999.50, "outside"),
         (-5, "outside"),
         (float("nan"), "outside"),
-        ("nan", "outside"),
-        ("inf", "outside"),
+        ("nan", "unreadable"),
+        ("1_2", "unreadable"),
+        (True, "unreadable"),
     ],
 )
 def test_prices_that_are_not(value, reason):
@@ -91,6 +101,9 @@ def test_missing_and_unknown_files(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match="bad.parquet is no readable Parquet file"):
         list(read_rows(tmp_path / "bad.parquet"))
+    (tmp_path / "open.csv").write_text('title,price\n"a' + "b" * 200_000)
+    with pytest.raises(ValueError, match="open.csv, line \\d+: .* is a quotation mark left open"):
+        list(read_rows(tmp_path / "open.csv"))
     (tmp_path / "bad.csv").write_text("title,cost\na,1\n")
     with pytest.raises(ValueError, match="the first line must name the columns"):
         list(read_rows(tmp_path / "bad.csv"))
@@ -142,6 +155,23 @@ def test_no_title_is_in_two_splits():
     for item in items:
         splits.setdefault(normalise_title(item.title), set()).add(item.split)
     assert len(splits) > 3000 and all(len(s) == 1 for s in splits.values())
+
+
+def test_rows_without_a_title_are_split_by_their_whole_text():
+    rows = [{"price": 5, "category": "mug", "description": f"number {n}"} for n in range(300)]
+    assert {item_from_row(r, n).split for n, r in enumerate(rows)} == {"train", "val", "test"}
+
+
+def test_a_summary_column_does_not_push_title_and_description_out():
+    assert item_from_row(row(summary="short"), 1).text == "Steel mug\n330 ml"
+    assert item_from_row({"title": "t", "summary": "long text", "price": 3}, 1).text == "long text"
+    assert item_from_row(row(text="  "), 1).text == "Steel mug\n330 ml"
+
+
+def test_a_sample_does_not_depend_on_the_order_of_the_file():
+    items = items_of(*(f"text {n}" for n in range(50)))
+    chosen = sample(items, 10)
+    assert chosen == sample(items[::-1], 10) and len(chosen) == 10 and chosen != items[:10]
 
 
 def test_the_split_column_decides_where_it_is_there():
