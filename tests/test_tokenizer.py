@@ -386,7 +386,8 @@ def smollm2(smollm2_directory):
     # The oracle owes nothing to our JSON but vocabulary and merges; the rest is from the library's own classes.
     oracle = hf.Tokenizer(hf.models.BPE(data["model"]["vocab"], [tuple(m.split(" ")) for m in data["model"]["merges"]]))
     oracle.pre_tokenizer, oracle.decoder = pre_tokenizer("smollm"), hf.decoders.ByteLevel()
-    return Tokenizer.from_directory(smollm2_directory), oracle, hf.Tokenizer.from_file(str(smollm2_directory / "tokenizer.json"))
+    theirs = hf.Tokenizer.from_file(str(smollm2_directory / "tokenizer.json"))
+    return Tokenizer.from_directory(smollm2_directory), oracle, theirs
 
 
 def test_smollm2_facts(smollm2):
