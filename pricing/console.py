@@ -22,7 +22,7 @@ def show_example(example: Example, tokenizer) -> str:
 
 
 def show_guess(title: str, truth: float, guess: float, colour: str) -> str:
-    line = f"guess ${guess:>4.0f}  truth ${truth:>7.2f}  off by ${abs(guess - truth):>7.2f}"
+    line = f"guess {f'${guess:.0f}':>5}  truth {f'${truth:.2f}':>8}  off by {f'${abs(guess - truth):.2f}':>8}"
     return f"{paint(line, colour)}  {title[:60]}"
 
 
