@@ -18,7 +18,7 @@ h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}img{max-width:100%}
 table{border-collapse:collapse;margin:.5em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;
 text-align:right;vertical-align:top}
 td:first-child,th:first-child{text-align:left}.big{font-size:2.2em;font-weight:600}
-.bar{height:.9em;display:inline-block}.green{background:#2a9d4a}.yellow{background:#d9a400}.red{background:#c8332b}
+.bar{height:14px;display:inline-block}.green{background:#2a9d4a}.yellow{background:#d9a400}.red{background:#c8332b}
 .note{color:#666}td.text{text-align:left;font-size:.85em;color:#444;max-width:34em}"""
 
 
