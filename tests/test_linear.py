@@ -120,6 +120,11 @@ def test_quantising_is_never_a_side_effect_of_moving():
     assert torch.equal(packed.to(torch.bfloat16).dequantise(torch.float32), values)  # absmax is not rounded along
 
 
+def test_moving_takes_the_quantisation_state_along():
+    linear = parts(4)[0].to("meta")
+    assert linear.packed.is_meta and linear.state.absmax.is_meta and linear.state.state2.absmax.is_meta
+
+
 def test_stored_bytes_count_absmax():
     linear = quantise_linear(torch.randn(1024, 1024), bits=4)
     assert isinstance(linear, LinearNF4)
