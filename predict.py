@@ -60,7 +60,8 @@ def main() -> None:
         writer.writerows([text, f"{price:.0f}", f"{low:.0f}", f"{high:.0f}"] for text, price, low, high in rows)
     else:
         for text, price, low, high in rows:
-            print(f"${price:.0f}   (80 %: ${low:.0f} to ${high:.0f})   {text[:80]}")
+            title = " ".join(text.split())[:80]
+            print(f"${price:.0f}   (80 %: ${low:.0f} to ${high:.0f})   {title}")
 
 
 if __name__ == "__main__":
