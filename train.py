@@ -245,12 +245,8 @@ def main() -> None:
 
     # ---- loop ------------------------------------------------------------------------------------------------------
     bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
-    began, dollars, bad_steps, saved_at = (
-        time.perf_counter() - progress["seconds"],
-        "",
-        0,
-        step if args.resume else None,
-    )
+    began, dollars, bad_steps = time.perf_counter() - progress["seconds"], "", 0
+    saved_at = step if args.resume else None
     while step < total_steps:
         started = time.perf_counter()
         share = (step + 0.5) / total_steps  # of the run; the middle of the step, so that no rate is 0

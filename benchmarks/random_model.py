@@ -1,5 +1,4 @@
-"""Write a model directory of a given shape with random weights N(0, 0.02), bfloat16: to measure bytes and seconds,
-not prices.
+"""Write a model directory of a given shape with random bfloat16 weights, to measure bytes and seconds, not prices.
 
     python -m benchmarks.random_model --shape 8b --out /tmp/random-8b        16 GB on disk, seconds with a GPU
 

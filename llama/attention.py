@@ -94,15 +94,15 @@ class KVCache:
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, cache: KVCache | None = None, layer: int = 0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v within each sequence.  q (N, H, D), k and v (N, K, D) -> (N, H * D)
 
-    Grouped queries: head h reads key-value head h // (H / K), that is [K1, K2] -> [K1, K1, K2, K2], not [K1, K2, K1,
-    K2].
+    Grouped queries: head h reads key-value head h // (H / K),
+    that is [K1, K2] -> [K1, K1, K2, K2], not [K1, K2, K1, K2].
     """
     q, k, v = (layout.to_grid(t) for t in (q, k, v))  # (B, T, heads, D)
     if cache is not None:
         k, v = cache.append(layer, k, v)  # (B, S, K, D)
     dtype = v.dtype
     if q.device.type == "cpu":
-        q, k, v = q.float(), k.float(), v.float()  # the CPU kernel's backward is six times slower in bfloat16
+        q, k, v = q.float(), k.float(), v.float()  # the CPU kernel's backward is slow in bfloat16
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
     y = F.scaled_dot_product_attention(q, k, v, layout.mask, is_causal=layout.mask is None, enable_gqa=True)
     return layout.to_packed(y.transpose(1, 2)).to(dtype)  # (N, H * D)

@@ -2,13 +2,12 @@
 
     python -m llama.gguf model.gguf out_dir/
 
-The `gguf` package parses the file and undoes its quantisation, exactly, to float32. Three things differ from Hugging
-Face's:
+The `gguf` package parses the file and undoes its quantisation, exactly, to float32. Three things differ from
+Hugging Face's:
 
     names     blk.0.attn_q -> model.layers.0.self_attn.q_proj, in the table below
-    order     GGUF stores the rows of q and k for interleaved rotary pairs (rope.py); without the permutation back the
-    model
-              loads, gives no error, and agrees with the right one in a third of its words
+    order     GGUF stores the rows of q and k for interleaved rotary pairs (rope.py); without the permutation back
+              the model loads, gives no error, and answers wrongly
     rope      Llama 3.1's scaling is a tensor of divisors, rope_freqs.weight, not five numbers in the config
 """
 

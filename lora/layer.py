@@ -3,13 +3,11 @@
     y = x W^T + scaling * (dropout(x) A^T) B^T          A (R, I), B (O, R), R << I
 
     scaling = alpha / rank            (Hu et al. 2021, arXiv 2106.09685)
-    scaling = alpha / sqrt(rank)      rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): keeps the size of the update as
-    rank grows
+    scaling = alpha / sqrt(rank)      rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): steady as rank grows
 
 A starts random and B at zero, so the product starts at zero and training begins exactly at the (quantised) base
-model. Rank 16 on a
-576 x 576 layer trains 18,432 numbers instead of 331,776. The arithmetic, backward included, is one function with the
-frozen part, in quant/linear.py: this file only holds the factors.
+model. Rank 16 on a 576 x 576 layer trains 18,432 numbers instead of 331,776. The arithmetic, backward included, is
+one function with the frozen part, in quant/linear.py: this file only holds the factors.
 """
 
 import math

@@ -1,9 +1,8 @@
 """Batches: examples packed one after another, with the positions that carry the loss.
 
 Between examples there is no padding; behind the last, a filler sequence (which nothing else sees) rounds N up to a
-multiple of
-128. Batches then come in a handful of sizes, and the memory of one step fits the next: on a CPU that saves a third of
-the memory and makes steps faster, because the allocator no longer leaves holes of every size.
+multiple of 128. Batches then come in a handful of sizes, and the memory of one step fits the next: on a CPU the
+allocator no longer leaves holes of every size.
 """
 
 import random

@@ -29,8 +29,7 @@ PICKS = ("median", "mean", "mode", "greedy")
 
 @dataclass
 class PriceTree:
-    """The token paths of all prices. Node 0 is the prompt, inner nodes go on, each leaf is one price; shallow nodes
-    come first."""
+    """The token paths of all prices. Node 0 is the prompt, inner nodes go on, each leaf is one price."""
 
     choices: list[int]  # token ids that ever lead from a node to another  (k,)
     levels: list[list[int]]  # inner nodes by depth

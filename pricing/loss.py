@@ -1,5 +1,4 @@
-"""What the model is taught: the answer's tokens, either as they are or with the price's neighbours counted as nearly
-right.
+"""What the model is taught: the tokens of the answer, as they are or with near prices as nearly right.
 
 `answer`: cross-entropy on the tokens of `123.00`. To it, 124 is as wrong as 900: every wrong digit costs the same,
 and the third digit, mostly noise, asks for as much as the first.
@@ -7,8 +6,7 @@ and the third digit, mostly noise, asks for as much as the first.
 `soft`: the one right price is replaced by a distribution q over whole dollars, log-normal around the true price with
 relative width `width` (0.1: two thirds of it within 10 %). Along the true digits, each step then has a soft target:
 the share of q that lies below each next token. For 98 dollars and width 0.1 the first digit is taught as 9 or 1 (100
-to 119), the second as
-8 and its neighbours. In terms of q and the model's P, with the steps s of the true path,
+to 119), the second as 8 and its neighbours. In terms of q and the model's P, with the steps s of the true path,
 
     loss = - sum_s sum_token q(token | s) ln P(token | s)
 

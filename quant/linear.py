@@ -8,9 +8,8 @@ What is stored.   W (O, I) lies in memory as NF4 (quant/nf4.py): half a byte a w
                   It is never trained, so it has no gradient and no optimiser state. A (R, I) and B (O, R) are the
                   LoRA factors (lora/layer.py), float32, and the only things that learn.
 
-What is computed. No arithmetic happens in 4 bits. Each time the layer runs, W is dequantised into a scratch matrix in
-the
-                  dtype of x (bfloat16), multiplied, and dropped:
+What is computed. No arithmetic happens in 4 bits. Each time the layer runs, W is dequantised into a scratch matrix
+                  in the dtype of x (bfloat16), multiplied, and dropped:
 
                       W = dequantise(packed)                        (O, I)
                       y = x W^T + b                                 (N, O)   the frozen model
@@ -44,8 +43,8 @@ import logging
 import torch
 from torch import Tensor, nn
 
-# On CPUs with avx512_bf16, bitsandbytes logs that an optional kernel package is missing, at import; nothing here uses
-# it.
+# On CPUs with avx512_bf16, bitsandbytes logs that an optional kernel package is missing, at import; it is not
+# used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import bitsandbytes.functional as bnb  # noqa: E402

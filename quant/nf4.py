@@ -21,7 +21,7 @@ values of a signed dynamic map (dense near 0, Dettmers 2015, arXiv 1511.04561). 
 
 Everything is computed in float32, whatever the dtype of the weight; a cast to the compute dtype comes last.
 `quant/linear.py` does not run this file: it calls bitsandbytes' kernels, and tests/test_nf4.py shows that both agree,
-on a CPU in every bit, on CUDA up to a weight or an absmax in a hundred thousand that lies on the border of two codes.
+on a CPU in every bit, on CUDA up to values that lie on the border of two codes.
 """
 
 from dataclasses import dataclass
@@ -113,7 +113,7 @@ def quantise(weight: Tensor, blocksize: int = 64, double_quant: bool = True) -> 
     scaled = centred * (1.0 / absmax_absmax.clamp(min=1e-38))[:, None]
     if weight.device.type == "cpu":
         # bitsandbytes' CUDA kernel compares exactly; its CPU kernel (since 0.50) looks the index up in a table of
-        # 65,536 steps over [-1, 1], which moves 0.2 % of the absmax to the second nearest value. So must we.
+        # 65,536 steps over [-1, 1], which moves a few absmax in a thousand to the second nearest value. So must we.
         scaled = ((scaled + 1) * 0.5 * 65535 + 0.5).floor() * (2 / 65535) - 1
     absmax8 = nearest(scaled, dynamic_map().to(weight.device)).to(torch.uint8).view(-1)[: absmax.numel()]
     return NF4Tensor(packed, absmax8, weight.shape, blocksize, offset, absmax_absmax)
