@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lora.checkpoint import write_directory
 from lora.inject import lora_layers
 from pricer import (
+    add_batch_argument,
     add_model_arguments,
     check_same_data,
     distributions,
@@ -23,6 +24,7 @@ from pricer import (
     pick_dtype,
     read_run,
     run_main,
+    tree_functions,
 )
 from pricing.baselines import BASELINES
 from pricing.catalogue import least_error
@@ -48,39 +50,33 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--prune", type=float, default=1e-3, help="digit-tree nodes with less probability are not opened"
     )
-    parser.add_argument("--batch", type=int, default=32, help="items in a forward pass")
     parser.add_argument(
         "--untuned", action=argparse.BooleanOptionalAction, default=True, help="price with the untuned model too"
     )
     parser.add_argument("--quiet", action="store_true", help="no line for each item")
+    add_batch_argument(parser)
     add_model_arguments(parser)
     args = parser.parse_args()
-    if args.batch < 1 or (args.items is not None and args.items < 1) or not 0 <= args.prune < 0.5:
-        parser.error("--batch and --items must be at least 1, --prune from 0 to 0.5")
+    if (args.items is not None and args.items < 1) or not 0 <= args.prune < 0.5:
+        parser.error("--items must be at least 1, --prune from 0 to 0.5")
     return args
 
 
 def guess_prices(model, tree, prompts, args, on_guess=None) -> tuple[np.ndarray, np.ndarray, int]:
     """(guesses (items,) dollars, distributions (items, 1000), parse failures); `on_guess(indices, guesses)` as they
     come."""
-    device = model.embed_tokens.weight.device
     guesses = np.full(len(prompts), np.nan)
+    functions = tree_functions(model, prompts) if args.decode == "greedy" else ()
 
     def on_batch(indices, p):
         if args.decode == "greedy":
-            chosen = [prompts[i] for i in indices]
-            guesses[indices] = greedy_prices(
-                lambda part, c: model.prefill(part, c.to(device)),
-                lambda k, t, q, c: model.extend(k, t, q, c.to(device)),
-                chosen,
-                tree,
-            )
+            guesses[indices] = greedy_prices(*functions, [prompts[i] for i in indices], tree)
         else:
             guesses[indices] = pick(p, args.decode)
         if on_guess:
             on_guess(indices, guesses[indices])
 
-    p = distributions(model, tree, prompts, args.batch, args.prune, on_batch)
+    p = distributions(model, tree, prompts, args.batch_tokens, args.prune, on_batch)
     return guesses, p, int(np.isnan(guesses).sum())
 
 

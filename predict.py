@@ -11,7 +11,16 @@ import csv
 import sys
 from pathlib import Path
 
-from pricer import add_model_arguments, distributions, load_run, pick_device, pick_dtype, read_run, run_main
+from pricer import (
+    add_batch_argument,
+    add_model_arguments,
+    distributions,
+    load_run,
+    pick_device,
+    pick_dtype,
+    read_run,
+    run_main,
+)
 from pricing.decode import PriceTree, pick, quantile
 from pricing.items import read_rows, text_of
 from pricing.prompt import encode_prompt
@@ -40,11 +49,11 @@ def main() -> None:
     parser.add_argument("text", nargs="*", help="what to price")
     parser.add_argument("--ckpt", default="out", help="the directory that train.py wrote (default: out)")
     parser.add_argument("--file", type=Path, help="a file of texts; writes CSV: text, price, low, high in dollars")
-    parser.add_argument("--batch", type=int, default=32, help="texts in a forward pass (default: 32)")
+    add_batch_argument(parser)
     add_model_arguments(parser)
     args = parser.parse_args()
-    if bool(args.text) == bool(args.file) or args.batch < 1:
-        parser.error("give a text or --file, one of the two, and --batch of at least 1")
+    if bool(args.text) == bool(args.file):
+        parser.error("give a text or --file, one of the two")
     texts = read_texts(args.file) if args.file else args.text
     if any(not text.strip() for text in texts):
         raise ValueError("the text to price is empty")
@@ -52,7 +61,7 @@ def main() -> None:
     run, device = read_run(args.ckpt), pick_device(args.device)
     model, tokenizer = load_run(args.ckpt, run, device, pick_dtype(args.dtype, device))
     prompts = [encode_prompt(text, tokenizer, run["options"]["max_tokens"], run["prompt"]) for text in texts]
-    p = distributions(model, PriceTree.build(tokenizer.encode_answer), prompts, args.batch, prune=0.0)
+    p = distributions(model, PriceTree.build(tokenizer.encode_answer), prompts, args.batch_tokens, prune=0.0)
     rows = zip(texts, pick(p, "median"), quantile(p, 0.1), quantile(p, 0.9), strict=True)
     if args.file:
         writer = csv.writer(sys.stdout)

@@ -2,6 +2,7 @@
 do not know each other; here a directory becomes a quantised model, and a model becomes prices.
 """
 
+import argparse
 import json
 import os
 import signal
@@ -19,8 +20,13 @@ from llama.model import Llama
 from llama.tokenizer import Tokenizer
 from llama.weights import load_weights
 from lora.adapter import load_adapter
-from pricing.batch import by_length
+from memory import Plan, Recompute, free_memory
+from pricing.batch import Shape, by_length
 from pricing.decode import PriceTree, price_distribution
+from pricing.items import sample
+from pricing.prompt import encode_prompt
+from pricing.sources import load_items
+from quant.fast import Group, HostEmbedding, group_linears, quantise_head, triton
 from quant.linear import FrozenLinear, quantise_linear
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -39,7 +45,8 @@ def run_main(main: Callable[[], None]) -> None:
             raise
         message = " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError):
-            message = "out of GPU memory; try a smaller --batch, with --accumulate to make up for it: " + message[:160]
+            message = "out of GPU memory; lower --batch-tokens (with --accumulate to make up for it) or give a "
+            message += "--memory-budget: " + " ".join(str(error).split())[:160]
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
@@ -77,24 +84,59 @@ def add_model_arguments(parser) -> None:
     )
 
 
-def load_base(model_name: str, device, dtype, bits: int, blocksize: int = 64, double_quant: bool = True) -> tuple:
-    """(Llama, Tokenizer, directory): each linear quantised as it is read, embedding and head left in the compute
-    dtype."""
+def add_batch_argument(parser) -> None:
+    parser.add_argument(
+        "--batch-tokens", type=int, default=None, help="tokens in a forward pass (16,384 on a GPU, 2,048 on a CPU)"
+    )
+
+
+def open_base(model_name: str) -> tuple[LlamaConfig, Tokenizer, Path]:
+    """What is known before any weight is read."""
     directory = resolve_model(model_name)
-    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer, config = Tokenizer.from_directory(directory), LlamaConfig.from_directory(directory)
+    if tokenizer.vocab_size > config.vocab_size:
+        sizes = f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {config.vocab_size}"
+        raise ValueError(f"{directory}: {sizes}")
+    return config, tokenizer, directory
+
+
+def load_base(config, tokenizer, directory, device, dtype, options, plan: Plan = Plan()) -> Llama:
+    """Each linear quantised as it is read (`options`: bits, blocksize, double_quant), embedding and head left in the
+    compute dtype, or where and how `plan` puts them."""
     with torch.device("meta"):
-        model = Llama(LlamaConfig.from_directory(directory), dtype)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the embedding {model.config.vocab_size}"
-        )
+        model = Llama(config, dtype)
 
     def make_linear(weight, bias):
-        return quantise_linear(weight, bias, bits=bits, dtype=dtype, blocksize=blocksize, double_quant=double_quant)
+        return quantise_linear(
+            weight, bias, bits=options.bits, dtype=dtype, blocksize=options.blocksize, double_quant=options.double_quant
+        )
 
-    how = "quantising to NF4" if bits == 4 else "loading in 16 bits"
-    load_weights(model, directory, device, make_linear, lambda names: tqdm(names, desc=how, unit="linear", leave=False))
-    return model, tokenizer, directory
+    how = "quantising to NF4" if options.bits == 4 else "loading in 16 bits"
+    on_host = ["embed_tokens.weight"] * plan.host_embed + ["lm_head.weight"] * plan.head8
+    load_weights(
+        model, directory, device, make_linear, on_host, lambda names: tqdm(names, desc=how, unit="linear", leave=False)
+    )
+    if plan.host_embed:
+        model.embed_tokens = HostEmbedding(model.embed_tokens.weight)
+    if plan.head8:
+        weight, model.head_scale = quantise_head(model.lm_head.weight, device)
+        model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+def speed_up(model: Llama, plan: Plan = Plan(), shape: Shape | None = None) -> list[Group]:
+    """The fast path, in place of the readable one: grouped linears, and on a GPU fused elementwise pieces; the plan's
+    kept weights and recomputation. `shape` is that of training batches."""
+    groups = group_linears(model)
+    per_block = len(groups) // len(model.layers)
+    for group in groups[: plan.keep * per_block]:
+        group.keep(model.compute_dtype)
+    if model.device.type == "cuda" and triton is not None:
+        model.fuse_pieces()
+    if plan.recompute:
+        size = (shape.tokens, model.config.hidden_size)
+        model.run_block = Recompute(model, plan.recompute, plan.offload, size, model.device)
+    return groups
 
 
 def published_name(model_name: str) -> str:
@@ -128,10 +170,15 @@ def check_same_data(run: dict, identity: dict) -> None:
 def load_run(ckpt: str | Path, run: dict, device, dtype) -> tuple:
     """(Llama with its adapter, Tokenizer) as a run left them."""
     options = run["options"]
-    model, tokenizer, _ = load_base(
-        options["model"], device, dtype, options["bits"], options["blocksize"], options["double_quant"]
-    )
+    config, tokenizer, directory = open_base(options["model"])
+    model = load_base(config, tokenizer, directory, device, dtype, argparse.Namespace(**options))
     load_adapter(model, Path(ckpt))
+    keep = Plan()
+    if options["bits"] == 4:  # dequantised once for all, where the matrices fit twice over
+        size = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear))
+        if 2 * size * dtype.itemsize < free_memory(device):
+            keep = Plan(keep=len(model.layers))
+    speed_up(model, keep)
     return model.eval(), tokenizer
 
 
@@ -166,21 +213,42 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
 
 
+def test_prompts(run: dict, tokenizer: Tokenizer, items: int | None = None) -> list[list[int]]:
+    """The prompts of a run's own test items, or of a fixed sample of so many"""
+    options = run["options"]
+    loaded, _, identity = load_items(options["data"], options["size"], options["data_seed"], options["strict"])
+    check_same_data(run, identity)
+    test = [item for item in loaded if item.split == "test"]
+    test = test if items is None else sample(test, items)
+    return [encode_prompt(item.text, tokenizer, options["max_tokens"], run["prompt"]) for item in test]
+
+
+def tree_functions(model: Llama, prompts: list[list[int]]) -> tuple[Callable, Callable]:
+    """`prefill` and `extend` for pricing.decode, for any of `prompts`: what all begin with is read once, here."""
+    shared = 0
+    if len(prompts) > 4:  # fewer are sooner read whole
+        first, last = min(prompts), max(prompts)  # what these two share, all that lie between share too
+        while shared < min(map(len, prompts)) - 1 and first[shared] == last[shared]:
+            shared += 1
+    prefix = model.read_prefix(prompts[0][:shared]) if shared else None
+
+    def prefill(part, choices):
+        return model.prefill([prompt[shared:] for prompt in part], choices.to(model.device), prefix)
+
+    def extend(cache, tokens, parents, choices):
+        return model.extend(cache, tokens, parents, choices.to(model.device))
+
+    return prefill, extend
+
+
 def distributions(
-    model: Llama, tree: PriceTree, prompts: list[list[int]], batch: int, prune: float, on_batch=None
+    model: Llama, tree: PriceTree, prompts: list[list[int]], batch_tokens: int | None, prune: float, on_batch=None
 ) -> np.ndarray:
     """P(price) of every prompt, in order (items, 1000); batched by length. `on_batch(indices, P)` sees each batch as
     it comes."""
     result = np.zeros((len(prompts), 1000))
-    device = model.embed_tokens.weight.device
-
-    def prefill(part, choices):
-        return model.prefill(part, choices.to(device))
-
-    def extend(cache, tokens, parents, choices):
-        return model.extend(cache, tokens, parents, choices.to(device))
-
-    for indices in by_length(prompts, batch):
+    prefill, extend = tree_functions(model, prompts)
+    for indices in by_length(prompts, batch_tokens or (16384 if model.device.type == "cuda" else 2048)):
         result[indices], _ = price_distribution(prefill, extend, [prompts[i] for i in indices], tree, prune)
         if on_batch:
             on_batch(indices, result[indices])

@@ -21,24 +21,28 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from llama.attention import Layout
+from engine import Step
 from lora.adapter import load_adapter, save_adapter
 from lora.checkpoint import check_writable, load_state, save_state, write_directory
-from lora.inject import inject
+from lora.inject import inject, lora_layers
+from lora.optim import OPTIMISERS, FlatFactors, make_optimiser
+from memory import Estimate, Plan, choose, free_memory, parse_bytes
 from pricer import (
     add_model_arguments,
     check_same_data,
     distributions,
     load_base,
     memory_report,
+    open_base,
     peak_memory,
     pick_device,
     pick_dtype,
     published_name,
     read_run,
     run_main,
+    speed_up,
 )
-from pricing.batch import batches, pack
+from pricing.batch import batches, count_batches, pack, shape_of
 from pricing.console import show_example
 from pricing.decode import PriceTree, pick
 from pricing.items import sample
@@ -92,9 +96,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group.add_argument(
         "--max-minutes", type=float, default=None, help="stop after this many minutes; the schedule ends there too"
     )
-    group.add_argument("--batch", type=int, default=16, help="items in a forward pass")
+    group.add_argument(
+        "--batch-tokens", type=int, default=1152, help="tokens in a forward pass: whole items packed, no padding"
+    )
     group.add_argument("--accumulate", type=int, default=1, help="forward passes in an optimiser step")
-    group.add_argument("--optimiser", default="adamw", choices=["adamw", "sgd"], help="sgd has momentum 0.9")
+    group.add_argument("--optimiser", default="adamw", choices=OPTIMISERS, help="sgd has momentum 0.9")
     group.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (8B models: 1e-4)")
     group.add_argument(
         "--schedule", default="cosine", choices=["cosine", "linear", "constant"], help="after the warm-up, to 0"
@@ -113,8 +119,19 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group.add_argument("--out", default="out", help="checkpoint directory; an earlier run in it is replaced")
     group.add_argument("--resume", action="store_true", help="go on from --out, with the options it was started with")
     add_model_arguments(parser)
+    group = parser.add_argument_group("speed and memory")
+    group.add_argument(
+        "--memory-budget", default=None, metavar="6GiB", help="most that training may allocate (default: what is free)"
+    )
+    group.add_argument(
+        "--graph", default="auto", choices=["auto", "off"], help="record a step once and replay it, on a GPU"
+    )
+    group.add_argument(
+        "--readable", action="store_true", help="the plain path of quant/linear.py: no kernels, groups or graph"
+    )
     args = parser.parse_args(argv)
-    for name, least in dict(size=1, max_tokens=1, batch=1, accumulate=1, log_every=1, val_items=0, warmup=0).items():
+    least_values = dict(size=1, max_tokens=1, batch_tokens=1, accumulate=1, log_every=1, val_items=0, warmup=0)
+    for name, least in least_values.items():
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")}
@@ -162,40 +179,54 @@ def main() -> None:
         + (f"; left out: {skipped}" if skipped.counts else "")
     )
 
-    # ---- model: each linear is quantised as it is read (pricer.make_linear), then freeze and inject ----------------
+    # ---- tokens and batches ----------------------------------------------------------------------------------------
+    config, tokenizer, directory = open_base(args.model)
+    examples = encode_items(train_items, tokenizer, args.max_tokens)
+    val_prompts = [e.prompt for e in encode_items(val_items, tokenizer, args.max_tokens)]
+    val_truth = np.array([item.price for item in val_items])
+    tree = PriceTree.build(tokenizer.encode_answer)
+    loss = AnswerLoss(args.loss, tree, args.soft_width, device)
+    shape = shape_of(examples, args.batch_tokens)
+
+    # ---- model: each linear is quantised as it is read, then freeze and inject -------------------------------------
     started = time.perf_counter()
-    model, tokenizer, directory = load_base(args.model, device, dtype, args.bits, args.blocksize, args.double_quant)
-    loaded = f"loaded in {time.perf_counter() - started:.1f} s, peak {peak_memory(device):.2f} GiB"
+    graph = device.type == "cuda" and args.graph == "auto"
+    if args.readable or args.dropout:
+        trades, reasons = Plan(optimiser=args.optimiser), []
+    else:
+        estimate = Estimate(
+            config, shape, bits=args.bits, dtype=dtype, rank=args.rank, targets=args.targets,
+            blocksize=args.blocksize, double_quant=args.double_quant,
+        )  # fmt: skip
+        budget = parse_bytes(args.memory_budget) if args.memory_budget else free_memory(device)
+        trades, reasons = choose(estimate, budget, args.optimiser)
+    model = load_base(config, tokenizer, directory, device, dtype, args, trades)
     if args.resume:
         load_adapter(model, out)
     else:
         inject(model, rank=args.rank, alpha=args.alpha, dropout=args.dropout, rslora=args.rslora, targets=args.targets)
     model.train()
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    settings = {"lr": args.lr, "weight_decay": args.weight_decay}
-    if args.optimiser == "adamw":
-        optimiser = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.99), **settings)
-    else:
-        optimiser = torch.optim.SGD(parameters.values(), momentum=0.9, **settings)
+    factors = FlatFactors(lora_layers(model))
+    optimiser = make_optimiser(trades.optimiser, factors.parameter, args.lr, args.weight_decay)
+    groups = [] if args.readable or args.dropout else speed_up(model, trades, shape)
+    loaded = f"loaded in {time.perf_counter() - started:.1f} s, peak {peak_memory(device):.2f} GiB"
 
-    # ---- tokens and steps ------------------------------------------------------------------------------------------
-    examples = encode_items(train_items, tokenizer, args.max_tokens)
-    val_prompts = [e.prompt for e in encode_items(val_items, tokenizer, args.max_tokens)]
-    val_truth = np.array([item.price for item in val_items])
-    tree = PriceTree.build(tokenizer.encode_answer)
-    answer_loss = AnswerLoss(args.loss, tree, args.soft_width, device)
-    # The last batch of an epoch may be short: it is trained on, not dropped.
-    forward_passes = math.ceil(args.epochs * math.ceil(len(examples) / args.batch))
+    # ---- steps -----------------------------------------------------------------------------------------------------
+    forward_passes = count_batches(examples, shape, args.seed, args.epochs)
     total_steps = min(math.ceil(forward_passes / args.accumulate), args.max_steps or 10**12)
     val_every = args.val_every or max(1, total_steps // 2)
     progress = {"step": 0, "seconds": 0.0, "tokens": 0}
     metrics = []
     if args.resume:
-        progress = load_state(out / "state", parameters, optimiser)
+        progress = load_state(out / "state", factors, optimiser)
         metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    # batches() never ends and yields (epoch, examples): cut to what this run still has to do.
+    # batches() never ends: cut to what this run still has to do.
     step, done = progress["step"], progress["step"] * args.accumulate
-    stream = islice(batches(examples, args.batch, args.seed, start=done), max(0, forward_passes - done))
+    stream = islice(batches(examples, shape, args.seed, start=done), max(0, forward_passes - done))
+    train_step = Step(
+        model, loss, factors, optimiser, groups, shape, accumulate=args.accumulate, clip=args.clip,
+        graph=graph and bool(groups),
+    )  # fmt: skip
 
     # ---- the truth, before anything is trained ---------------------------------------------------------------------
     lengths = [len(e.prompt) + len(e.answer) for e in examples]
@@ -204,14 +235,20 @@ def main() -> None:
         f"computing in {str(dtype).removeprefix('torch.')}; {loaded}"
     )
     print(memory_report(model))
+    for reason in reasons:
+        print(f"memory     {reason}")
     print(
         f"tokens     {sum(lengths):,} an epoch, {np.mean(lengths):.0f} an item, "
         f"of which {np.mean([len(e.answer) for e in examples]):.1f} carry the loss"
     )
     if cut := sum(e.cut for e in examples):
         print(f"           {cut:,} texts are longer than --max-tokens {args.max_tokens} and were cut")
-    print(f"steps      {total_steps:,} of {args.batch * args.accumulate} items; first item, what is learnt in colour:")
-    print(show_example(next(batches(examples, args.batch, args.seed))[1][0], tokenizer), flush=True)
+    print(
+        f"steps      {total_steps:,} of {args.batch_tokens * args.accumulate:,} tokens, "
+        f"{'one recorded CUDA graph each' if train_step.replay else 'run line by line'}; "
+        "first item, what is learnt in colour:"
+    )
+    print(show_example(next(batches(examples, shape, args.seed))[0], tokenizer), flush=True)
 
     def save() -> None:
         """A whole checkpoint directory, under its name only when complete."""
@@ -232,79 +269,77 @@ def main() -> None:
         }
         with write_directory(out) as part:
             save_adapter(model, part, base_model=published_name(args.model))
-            save_state(part / "state", parameters, optimiser, progress)
+            save_state(part / "state", factors, optimiser, progress)
             (part / "run.json").write_text(json.dumps(record, indent=2) + "\n")
             (part / "metrics.jsonl").write_text("".join(json.dumps(m, allow_nan=False) + "\n" for m in metrics))
 
     def validate() -> float:
         """Dollars of mean absolute error on the validation items, by the median"""
         model.eval()
-        guesses = pick(distributions(model, tree, val_prompts, args.batch, prune=1e-3), "median")
+        guesses = pick(distributions(model, tree, val_prompts, args.batch_tokens, prune=1e-3), "median")
         model.train()
         return float(np.abs(guesses - val_truth).mean())
 
-    # ---- loop ------------------------------------------------------------------------------------------------------
-    bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
-    began, dollars, bad_steps = time.perf_counter() - progress["seconds"], "", 0
-    saved_at = step if args.resume else None
-    while step < total_steps:
-        started = time.perf_counter()
-        share = (step + 0.5) / total_steps  # of the run; the middle of the step, so that no rate is 0
-        if args.max_minutes:
-            share = max(share, (started - began) / (60 * args.max_minutes))
-        window = [pack(chosen) for _, chosen in islice(stream, args.accumulate)]
-        if share >= 1 or not window:
-            break
-        # One mean over every supervised token of the window: a mean of means would weigh short batches more.
-        supervised = sum(len(batch.targets) for batch in window)
-        loss_sum = 0.0
-        for batch in window:
-            tokens = torch.tensor(batch.tokens, device=device)  # (N,)
-            at = torch.tensor(batch.at, device=device)  # (M,)
-            logits = model(tokens, Layout.packed(batch.lengths, device), at)  # (M, V)
-            loss = answer_loss(logits, batch) / supervised  # a sum in nats, divided once for the whole window
-            loss.backward()
-            loss_sum += loss.item()  # nats a supervised token
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip).item()
-        rate = learning_rate(share, args.lr, args.schedule, args.warmup)
-        finite = math.isfinite(loss_sum) and math.isfinite(norm)
+    def report(number: int, rate: float, real_tokens: int, outcome) -> None:
+        """Read what a step gave (waiting for it), and write it down"""
+        nonlocal read_at, bad_steps
+        loss_value, norm = outcome.read()
+        now = time.perf_counter()
+        speed, read_at = real_tokens / (now - read_at), now
+        progress.update(step=number, seconds=now - began, tokens=progress["tokens"] + real_tokens)
+        finite = math.isfinite(loss_value) and math.isfinite(norm)
         bad_steps = 0 if finite else bad_steps + 1
-        if finite:
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            optimiser.step()
-        else:  # leave the weights as they are, and say so
-            tqdm.write(f"step {step + 1}: loss {loss_sum}, gradient {norm}: not finite, step left out", file=sys.stderr)
+        if not finite:  # the step has left the weights as they were
+            tqdm.write(f"step {number}: loss {loss_value}, gradient {norm}: not finite, left out", file=sys.stderr)
             if bad_steps == 10:
                 raise ValueError("ten steps in a row without a finite loss: lower --lr, or check the data")
-        optimiser.zero_grad(set_to_none=True)
-        step += 1
-
-        real_tokens = sum(batch.real_tokens for batch in window)
-        speed = real_tokens / (time.perf_counter() - started)
-        checked = validate() if val_items and step % val_every == 0 and step < total_steps else None
-        if checked is not None:
-            dollars = f", off by ${checked:.2f} on {len(val_items)} validation items"
-        progress = {"step": step, "seconds": time.perf_counter() - began, "tokens": progress["tokens"] + real_tokens}
-        if step % args.log_every == 0 or checked is not None or step == total_steps:
+        if number % args.log_every == 0 or number == total_steps:
             metrics.append({
-                "step": step, "loss": round(loss_sum, 5) if finite else None, "lr": rate,
+                "step": number, "loss": round(loss_value, 5) if finite else None, "lr": rate,
                 "grad_norm": round(norm, 4) if finite else None, "tokens": real_tokens,
                 "tokens_per_second": round(speed, 1), "peak_memory_gib": round(peak_memory(device), 3),
-                "val_mae_dollars": checked,
             })  # fmt: skip
-        bar.set_postfix_str(f"loss {loss_sum:.3f}{dollars}, {speed:,.0f} tokens/s, {peak_memory(device):.2f} GiB")
+        bar.set_postfix_str(
+            f"loss {loss_value:.3f}{dollars}, {speed:,.0f} tokens/s, {peak_memory(device):.2f} GiB", refresh=False
+        )
         bar.update()
-        if args.save_every and step % args.save_every == 0 and step < total_steps:
+
+    # ---- loop: a step is queued before the one ahead of it is read, so that the GPU never waits --------------------
+    bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
+    began, read_at = time.perf_counter() - progress["seconds"], time.perf_counter()
+    dollars, bad_steps, saved_at, queued = "", 0, step if args.resume else None, None
+    while True:
+        share = (step + 0.5) / total_steps  # of the run; the middle of the step, so that no rate is 0
+        if args.max_minutes:
+            share = max(share, (time.perf_counter() - began) / (60 * args.max_minutes))
+        window = [] if share >= 1 else [pack(chosen, shape) for chosen in islice(stream, args.accumulate)]
+        earlier, queued = queued, None
+        if window:
+            step += 1
+            rate = learning_rate(share, args.lr, args.schedule, args.warmup)
+            queued = step, rate, sum(batch.real_tokens for batch in window), train_step(window, rate)
+        if earlier:
+            report(*earlier)
+        if not queued:
+            break
+
+        checking = bool(val_items) and step % val_every == 0 and step < total_steps
+        saving = bool(args.save_every) and step % args.save_every == 0 and step < total_steps
+        if checking or saving:  # both look at the weights that the queued step is about to leave
+            report(*queued)
+            queued = None
+        if checking:
+            error = validate()
+            dollars = f", off by ${error:.2f} on {len(val_items)} validation items"
+            metrics.append({"step": step, "val_mae_dollars": error})
+        if saving:
             save()
             saved_at = step
     bar.close()
 
     if saved_at != step:  # a resumed run that was complete already has nothing to add
         if val_items:
-            if not metrics or metrics[-1]["step"] != step:
-                metrics.append({"step": step})
-            metrics[-1]["val_mae_dollars"] = validate()
+            metrics.append({"step": step, "val_mae_dollars": validate()})
             print(f"validation off by ${metrics[-1]['val_mae_dollars']:.2f} on {len(val_items)} items")
         progress["seconds"] = time.perf_counter() - began
         save()

@@ -7,6 +7,9 @@ The tokenizer spells as Llama 3's does where it matters here: 0 to 999 are singl
 
 import argparse
 import json
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -36,15 +39,25 @@ SHARED = {
     "head_dim": 128,
     "tie_word_embeddings": False,
 }
-SHAPES = {  # hidden, layers, heads, ffn
+SHAPES = {  # what differs from SHARED
     "8b": dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=14336),
+    "14b": dict(  # Phi-3-medium's, as a Llama
+        hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=10, intermediate_size=17920,
+        vocab_size=32064,
+    ),
     "3b": dict(
         hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, intermediate_size=8192, tie_word_embeddings=True
+    ),
+    "smollm2": dict(  # SmolLM2-135M's
+        hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
+        head_dim=64, vocab_size=49152, tie_word_embeddings=True, rope_theta=100000.0, rope_scaling=None,
+        max_position_embeddings=8192,
     ),
     "tiny": dict(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=8, intermediate_size=96, head_dim=16, vocab_size=1500
     ),
-}
+}  # fmt: skip
+SPECIAL = {"eos_token": "<|end_of_text|>", "pad_token": "<|pad|>"}  # named, or Unsloth adds a token and grows the head
 
 
 def toy_tokenizer() -> dict:
@@ -61,7 +74,11 @@ def toy_tokenizer() -> dict:
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
         "version": "1.0",
-        "added_tokens": [],
+        "added_tokens": [
+            {"id": len(vocab) + i, "content": token, "special": True, "normalized": False}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+            for i, token in enumerate(SPECIAL.values())
+        ],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
         "post_processor": None,
@@ -98,7 +115,18 @@ def write(shape: str, out: Path, device: str, seed: int = 0) -> None:
         save_file(part, out / file, metadata={"format": "pt"})
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (out / "tokenizer.json").write_text(json.dumps(toy_tokenizer()))
+    tokenizer = SPECIAL | {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    (out / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     (out / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def directory_of(shape: str) -> Path:
+    """The directory of a shape in the temporary directory, written (in a process of its own) if it is not there."""
+    directory = Path(tempfile.gettempdir()) / f"random-{shape}"
+    if not directory.exists():
+        command = [sys.executable, "-m", "benchmarks.random_model", "--shape", shape, "--out", str(directory)]
+        subprocess.run(command, check=True)
+    return directory
 
 
 if __name__ == "__main__":

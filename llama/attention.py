@@ -10,6 +10,8 @@ T columns (a row a sequence, the tail unused), attends within each row, and pack
 
 Rows never meet, so packing cannot leak one item into another; and with a causal mask, an unused tail is never seen by
 a real token before it, so no padding mask is needed. A batch padded on the right is the special case of equal lengths.
+The fast path on a GPU needs no grid: llama/fused_attention.py takes the packed rows and the indices where sequences
+begin. Both give the same numbers up to rounding; tests hold them together.
 
 Scoring prices asks many short continuations of one prompt ("1", "12", "123", ...). A `KVCache` holds the prompt's
 keys and values once, and `extend` adds tokens as a tree: each new token sees the prompt, its ancestors and itself.
@@ -33,6 +35,7 @@ class Layout:
     slots: Tensor | None  # (N,) row * T + column of each token; None when the grid is full and packing is a reshape
     mask: Tensor | None = None  # (B, 1, T, S) bool, True where seen; None: causal within the row
     last: Tensor | None = None  # (B,) packed index of each sequence's last token
+    edges: Tensor | None = None  # (B + 1,) int32 packed index where each sequence begins, and N; None: use the grid
 
     @staticmethod
     def packed(lengths: list[int], device: torch.device | str = "cpu") -> "Layout":
@@ -45,7 +48,10 @@ class Layout:
         if min(lengths) < columns:
             slots = (torch.arange(len(lengths)) * columns).repeat_interleave(length) + positions
             slots = slots.to(device)
-        return Layout(positions.to(device), len(lengths), columns, slots, last=(ends - 1).to(device))
+        edges = F.pad(ends, (1, 0)).to(torch.int32)
+        return Layout(
+            positions.to(device), len(lengths), columns, slots, last=(ends - 1).to(device), edges=edges.to(device)
+        )
 
     def to_grid(self, x: Tensor) -> Tensor:
         """(N, heads, D) -> (B, T, heads, D), zeros where no token stands"""
@@ -62,13 +68,25 @@ class Layout:
 class KVCache:
     """Keys and values of B prompts and of the tree of tokens grown on them."""
 
-    def __init__(self, lengths: list[int], layers: int, device: torch.device | str):
+    def __init__(
+        self, lengths: list[int], layers: int, device: torch.device | str, prefix: "KVCache | None" = None
+    ):
+        """`prefix` is the cache of one sequence that comes before every prompt: read once, shared by all rows."""
         self.keys: list[Tensor | None] = [None] * layers  # each (B, S, K, D), rotated
         self.values: list[Tensor | None] = [None] * layers
+        self.layout = Layout.packed(lengths, device)  # of the tokens being added; first the prompts themselves
         columns = torch.arange(max(lengths), device=device)
         prompt = columns < torch.tensor(lengths, device=device)[:, None]
+        if prefix is not None:
+            before = prefix.keys[0].shape[1]
+            self.keys = [k.expand(len(lengths), -1, -1, -1) for k in prefix.keys]
+            self.values = [v.expand(len(lengths), -1, -1, -1) for v in prefix.values]
+            prompt = F.pad(prompt, (before, 0), value=True)
+            self.layout.positions = self.layout.positions + before
+            # Row t of the grid sees the prefix and columns 0 to t; (1, 1, T, S), the same for every prompt.
+            slots = torch.arange(before + len(columns), device=device)
+            self.layout.mask = (columns[:, None] + before >= slots)[None, None]
         self.sees = prompt[:, None, :]  # (B, 1 + tree nodes, S) bool: what each node may look at; node 0 is the prompt
-        self.layout = Layout.packed(lengths, device)  # of the tokens being added; first the prompts themselves
 
     def grow(self, parents: Tensor) -> None:
         """Make room for n new nodes a row. parents (B, n): 0 for the prompt, i for the i-th node added after it."""

@@ -23,45 +23,76 @@ from llama.attention import KVCache, Layout, attend
 from llama.config import LlamaConfig
 from llama.rope import apply_rotary, inverse_frequencies, rotary_table
 
-HEAD_CHUNK = 16384  # rows of lm_head in float32 at a time: 256 MiB at C = 4096, where the whole head would take 2 GiB
+HEAD_CHUNK = 16384  # rows of lm_head at a time: 256 MiB in float32 at C = 4096, where the whole head would take 2 GiB
+
+
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x + delta in float32, and its RMSNorm, x / sqrt(mean(x^2) + eps) * weight, in `dtype`.  (N, C) -> (N, C) twice
+
+    (Zhang and Sennrich 2019, arXiv 1910.07467). `delta` is what the last sub-layer adds to the residual stream.
+    """
+    x = x if delta is None else x + delta
+    return x, F.rms_norm(x, weight.shape, weight, eps).to(dtype)
+
+
+def rotate_heads(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k turned to their positions, v as it is.  (N, (H + 2K) D) -> (N, H, D), (N, K, D), (N, K, D)"""
+    qkv = qkv.unflatten(-1, (-1, head_dim))  # (N, H + 2K, D)
+    turned = apply_rotary(qkv[:, :-kv_heads], cos, sin).to(qkv.dtype)  # (N, H + K, D)
+    return turned[:, :-kv_heads].contiguous(), turned[:, -kv_heads:].contiguous(), qkv[:, -kv_heads:].contiguous()
+
+
+def attention(qkv, cos, sin, kv_heads: int, head_dim: int, layout: Layout, cache: KVCache | None, layer: int) -> Tensor:
+    """Heads turned, then attention within each sequence.  (N, (H + 2K) D) -> (N, H * D)"""
+    return attend(*rotate_heads(qkv, cos, sin, kv_heads, head_dim), layout, cache, layer)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up.  (N, 2F) -> (N, F)  (Shazeer 2020, arXiv 2002.05202)"""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+# What is no matrix product. `Llama.fuse_pieces` puts one kernel each in their place.
+PIECES = {"add_norm": add_norm, "attention": attention, "swiglu": swiglu}
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32.  (N, C) -> (N, C) float32  (Zhang and Sennrich 2019,
-    1910.07467)"""
+    """Holds the weight; see add_norm."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.pieces = eps, PIECES
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+    def forward(self, x: Tensor, delta: Tensor | None = None, dtype: torch.dtype = torch.float32):
+        return self.pieces["add_norm"](x, delta, self.weight, self.eps, dtype)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions.  (N, C) -> (N, C)"""
+    """Grouped-query attention with rotary positions.  (N, C) -> (N, C), or (M, C) at the packed indices `at`"""
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.head_dim, self.kv_heads = layer, config.head_dim, config.num_key_value_heads
         width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        bias = config.attention_bias
+        bias, self.pieces = config.attention_bias, PIECES
         self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, layout: Layout, rotary: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, D)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, D)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, D)
-        q, k = apply_rotary(q, *rotary).to(x.dtype), apply_rotary(k, *rotary).to(x.dtype)
-        return self.o_proj(attend(q, k, v, layout, cache, self.layer))  # (N, C)
+    def qkv(self, x: Tensor) -> Tensor:  # (N, C) -> (N, (H + 2K) D); quant/fast.py puts one product in its place
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+
+    def forward(self, x: Tensor, layout: Layout, rotary, cache: KVCache | None, at: Tensor | None) -> Tensor:
+        heads = self.kv_heads, self.head_dim
+        y = self.pieces["attention"](self.qkv(x), *rotary, *heads, layout, cache, self.layer)  # (N, H * D)
+        return self.o_proj(y if at is None else y.index_select(0, at))
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)).  (N, C) -> (N, C)  (Shazeer 2020, arXiv 2002.05202)"""
+    """down(silu(gate(x)) * up(x)).  (N, C) -> (N, C)"""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -69,13 +100,21 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(*sizes, bias=bias)
         self.up_proj = nn.Linear(*sizes, bias=bias)
         self.down_proj = nn.Linear(*sizes[::-1], bias=bias)
+        self.pieces = PIECES
+
+    def gate_up(self, x: Tensor) -> Tensor:  # (N, C) -> (N, 2F); quant/fast.py puts one product in its place
+        return torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.pieces["swiglu"](self.gate_up(x)))
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): x stays float32, what goes into the linears is in `dtype`."""
+    """x = x + attention(norm(x)), then x = x + mlp(norm(x)): x is float32, what goes into the linears is in `dtype`.
+
+    The second sum is left to the next norm, which reads both terms anyway: a block takes and returns (x, delta), whose
+    sum is the residual stream. In the last block only the rows `at` go on after attention: nobody reads the others.
+    """
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
@@ -84,30 +123,50 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, dtype, layout, rotary, cache) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x).to(dtype), layout, rotary, cache)
-        return x + self.mlp(self.post_attention_layernorm(x).to(dtype))
+    def forward(self, x, delta, dtype, layout, rotary, cache=None, at=None) -> tuple[Tensor, Tensor]:
+        x, normed = self.input_layernorm(x, delta, dtype)  # (N, C)
+        attended = self.self_attn(normed, layout, rotary, cache, at)  # (N, C) or (M, C)
+        x, normed = self.post_attention_layernorm(x if at is None else x.index_select(0, at), attended, dtype)
+        return x, self.mlp(normed)
+
+
+def exact_terms(x: Tensor) -> Tensor:
+    """float32 as the sum of three bfloat16 terms, 8 bits of the 24 each.  (M, C) -> (3M, C) bfloat16"""
+    high = x.bfloat16()
+    middle = (x - high).bfloat16()
+    return torch.cat([high, middle, (x - high - middle).bfloat16()])
+
+
+def head_product(x: Tensor, rows: Tensor) -> Tensor:
+    """x rows^T, accumulated in float32.  (M, C) float32, (n, C) -> (M, n) float32
+
+    The tensor cores multiply bfloat16 only, but exactly, and add in float32: three products of x's terms give the
+    float32 product 20 times sooner than the GPU's float32 units.
+    """
+    if rows.is_cuda and rows.dtype != torch.float32:
+        return torch.mm(exact_terms(x), rows.bfloat16().T, out_dtype=torch.float32).view(3, len(x), -1).sum(0)
+    return x @ rows.float().T
 
 
 class HeadFunction(torch.autograd.Function):
-    """logits = x W^T in float32, for a frozen W (V, C) of any dtype: cast chunk by chunk, never whole.  (M, C) -> (M,
-    V)
+    """logits = x W^T in float32, for a frozen W (V, C): cast chunk by chunk, never whole.  (M, C) -> (M, V)
 
     Float32 because the answer's logits lie near 36, where a bfloat16 step is 0.25: prices would move by it.
+    W is bfloat16, float32, or int8 with one `scale` (V,) a row.
     """
 
     @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(weight)
-        return torch.cat([x @ rows.float().T for rows in weight.split(HEAD_CHUNK)], dim=1)  # (M, V)
+    def forward(ctx, x, weight, scale):
+        ctx.weight, ctx.scale = weight, scale
+        logits = torch.cat([head_product(x, rows) for rows in weight.split(HEAD_CHUNK)], dim=1)  # (M, V)
+        return logits if scale is None else logits.mul_(scale)
 
     @staticmethod
     def backward(ctx, g):
-        (weight,) = ctx.saved_tensors
-        grad = 0
-        for part, rows in zip(g.split(HEAD_CHUNK, dim=1), weight.split(HEAD_CHUNK), strict=True):
-            grad = grad + part @ rows.float()  # (M, C)
-        return grad, None
+        grad, g = 0, g if ctx.scale is None else g * ctx.scale
+        for part, rows in zip(g.split(HEAD_CHUNK, dim=1), ctx.weight.split(HEAD_CHUNK), strict=True):
+            grad = grad + head_product(part, rows.T)  # (M, C)
+        return grad, None, None
 
 
 class Llama(nn.Module):
@@ -121,30 +180,49 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head_scale = None  # (V,) float32 where lm_head is int8 (quant.fast.quantise_head)
         # Not in state_dict, and computed on the CPU even when the rest is built on `meta`.
         with torch.device("cpu"):
             self.register_buffer("frequency", inverse_frequencies(config), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.frequency.device
 
     @property
     def head_weight(self) -> Tensor:
         """(V, C), shared with the embedding when tied"""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def hidden_states(self, tokens: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
-        """(N,) token ids -> (N, C) float32, normed: what the head multiplies"""
+    def fuse_pieces(self) -> None:
+        """Each of PIECES as one kernel, from llama/fused.py (CUDA and Triton)"""
+        from llama.fused import FUSED
+
+        for module in self.modules():
+            if hasattr(module, "pieces"):
+                module.pieces = FUSED
+
+    def hidden_states(
+        self, tokens: Tensor, layout: Layout, cache: KVCache | None = None, at: Tensor | None = None
+    ) -> Tensor:
+        """(N,) token ids -> (N, C) float32, normed: what the head multiplies; (M, C) at the packed indices `at`"""
         rotary = rotary_table(self.frequency, layout.positions)
-        x = self.embed_tokens(tokens).float()  # (N, C)
+        x, delta = self.embed_tokens(tokens).float(), None  # (N, C)
         for block in self.layers:
-            x = block(x, self.compute_dtype, layout, rotary, cache)
-        return self.norm(x)
+            last = block is self.layers[-1]
+            x, delta = self.run_block(block, x, delta, self.compute_dtype, layout, rotary, cache, at if last else None)
+        return self.norm(x, delta)[1]
+
+    def run_block(self, block: Block, *args):
+        """Where a training step may put recomputation in place of keeping what backward needs"""
+        return block(*args)
 
     def forward(self, tokens: Tensor, layout: Layout, at: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Next-token logits after the tokens at the packed indices `at` (all when None).  (N,) -> (M, V) float32
 
         Ask only for the positions needed: at V = 128,256 the logits of 2,240 tokens would take 1.1 GB, forward alone.
         """
-        x = self.hidden_states(tokens, layout, cache)
-        return HeadFunction.apply(x if at is None else x[at], self.head_weight)
+        return HeadFunction.apply(self.hidden_states(tokens, layout, cache, at), self.head_weight, self.head_scale)
 
     @torch.no_grad()
     def next_token(self, x: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,18 +233,27 @@ class Llama(nn.Module):
         """
         log_probs, top = [], []
         for rows in x.split(max(1, 2**24 // self.config.vocab_size)):  # 64 MiB of float32 logits
-            logits = HeadFunction.apply(rows, self.head_weight)
+            logits = HeadFunction.apply(rows, self.head_weight, self.head_scale)
             log_probs.append(logits[:, choices] - logits.logsumexp(dim=-1, keepdim=True))
             top.append(logits.argmax(dim=-1))
         return torch.cat(log_probs), torch.cat(top)
 
     @torch.no_grad()
-    def prefill(self, prompts: list[list[int]], choices: Tensor) -> tuple[Tensor, Tensor, KVCache]:
-        """Read B prompts. What comes next, as in `next_token`: (B, k) and (B,), and the cache to go on from."""
-        device = self.embed_tokens.weight.device
-        cache = KVCache([len(p) for p in prompts], len(self.layers), device)
-        tokens = torch.tensor([t for p in prompts for t in p], device=device)  # (N,)
-        x = self.hidden_states(tokens, cache.layout, cache)[cache.layout.last]  # (B, C)
+    def read_prefix(self, tokens: list[int]) -> KVCache:
+        """What many prompts begin with, read once; see `prefill`."""
+        cache = KVCache([len(tokens)], len(self.layers), self.device)
+        self.hidden_states(torch.tensor(tokens, device=self.device), cache.layout, cache, cache.layout.last)
+        return cache
+
+    @torch.no_grad()
+    def prefill(
+        self, prompts: list[list[int]], choices: Tensor, prefix: KVCache | None = None
+    ) -> tuple[Tensor, Tensor, KVCache]:
+        """Read B prompts (after `prefix`, where given). What comes next, as in `next_token`: (B, k) and (B,), and the
+        cache to go on from."""
+        cache = KVCache([len(p) for p in prompts], len(self.layers), self.device, prefix)
+        tokens = torch.tensor([t for p in prompts for t in p], device=self.device)  # (N,)
+        x = self.hidden_states(tokens, cache.layout, cache, cache.layout.last)  # (B, C)
         return *self.next_token(x, choices), cache
 
     @torch.no_grad()

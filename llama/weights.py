@@ -8,7 +8,7 @@ compared with what the model needs.
 
 import json
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -99,12 +99,14 @@ def load_weights(
     directory: str | Path,
     device: torch.device | str,
     make_linear: MakeLinear,
+    on_host: Sequence[str] = (),
     progress: Callable = lambda names: names,
 ) -> None:
     """Fill `model` (on `meta`) from `directory`. Embedding and head in the compute dtype, norms in float32.
 
-    Every linear inside the blocks is replaced by `make_linear(weight, bias)`, the weight in the file's dtype.
-    `progress` wraps the list of linears, for a bar. Raises ValueError that names the tensor or the file.
+    Every linear inside the blocks is replaced by `make_linear(weight, bias)`, the weight in the file's dtype. Tensors
+    named in `on_host` stay on the CPU. `progress` wraps the list of linears, for a bar. Raises ValueError that names
+    the tensor or the file.
     """
     checkpoint = Checkpoint(directory)
     checkpoint.check({name: p.shape for name, p in model.named_parameters()}, model.config.tie_word_embeddings)
@@ -118,7 +120,7 @@ def load_weights(
     for name, parameter in list(model.named_parameters()):
         parent, _, child = name.rpartition(".")
         kept = torch.float32 if parameter.ndim == 1 else model.compute_dtype  # norms are vectors
-        tensor = checkpoint.read(name, device).to(kept)
+        tensor = checkpoint.read(name, "cpu" if name in on_host else device).to(kept)
         if tensor.device.type == "cpu":
             tensor = tensor.clone()  # safetensors' tensors are views of the mapped file: one kept view keeps all of it
         setattr(model.get_submodule(parent), child, nn.Parameter(tensor, requires_grad=False))

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora.optim import FlatFactors, initialise
+
 
 @contextmanager
 def write_directory(out: Path):
@@ -52,40 +54,49 @@ def check_writable(out: Path) -> None:
     os.rmdir(tempfile.mkdtemp(dir=out.parent))
 
 
-def save_state(directory: Path, parameters: dict, optimiser: torch.optim.Optimizer, progress: dict) -> None:
-    """Optimiser tensors by parameter name, the random state, and `progress`: how far the run is."""
+def save_state(directory: Path, factors: FlatFactors, optimiser: torch.optim.Optimizer, progress: dict) -> None:
+    """The optimiser's state for the flat vector of factors, the random state, and `progress`: how far the run is."""
     directory.mkdir()
-    tensors = {"random.cpu": torch.get_rng_state()}
+    tensors, numbers = {"random.cpu": torch.get_rng_state()}, {}
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    for name, parameter in parameters.items():
-        for key, value in optimiser.state.get(parameter, {}).items():
-            if torch.is_tensor(value):
-                tensors[f"{name}|{key}"] = value.detach().cpu().contiguous()
+    for key, value in initialise(optimiser, factors.parameter).items():
+        if torch.is_tensor(value):
+            tensors[f"optimiser.{key}"] = value.detach().cpu().contiguous()
+        else:
+            numbers[key] = value
     save_file(tensors, directory / "optimiser.safetensors")
-    (directory / "progress.json").write_text(json.dumps(progress) + "\n")
+    whole = {"progress": progress, "optimiser": numbers, "trained_numbers": factors.parameter.numel()}
+    (directory / "progress.json").write_text(json.dumps(whole) + "\n")
 
 
-def load_state(directory: Path, parameters: dict, optimiser: torch.optim.Optimizer) -> dict:
-    """Put everything back; returns `progress`. Raises ValueError where the state does not fit the parameters."""
+def load_state(directory: Path, factors: FlatFactors, optimiser: torch.optim.Optimizer) -> dict:
+    """Put everything back, in place; returns `progress`. Raises ValueError where the state does not fit."""
     try:
         tensors = load_file(directory / "optimiser.safetensors")
-        progress = json.loads((directory / "progress.json").read_text())
+        whole = json.loads((directory / "progress.json").read_text())
+        progress, numbers, trained = whole["progress"], whole["optimiser"], whole["trained_numbers"]
     except Exception as error:  # SafetensorError, OSError and JSONDecodeError alike: there is nothing to resume from
         raise ValueError(f"{directory} holds no readable training state: {error}") from None
     if "random.cpu" not in tensors:
         raise ValueError(f"{directory} lacks the random state")
+    if trained != factors.parameter.numel():
+        raise ValueError(
+            f"{directory} is the state of {trained:,} trained numbers; this model has {factors.parameter.numel():,}"
+        )
     torch.set_rng_state(tensors.pop("random.cpu"))
     cuda = tensors.pop("random.cuda", None)
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
-    for key, value in tensors.items():
-        name, _, field = key.partition("|")
-        if name not in parameters or (value.ndim and value.shape != parameters[name].shape):
-            raise ValueError(f"{directory}: the state of {name} fits no trainable tensor of this model")
-        # AdamW keeps its step count on the CPU and its moments with the parameter.
-        place = parameters[name].device if value.ndim else "cpu"
-        optimiser.state[parameters[name]][field] = value.to(place)
-    if progress["step"] and (without := [name for name, p in parameters.items() if not optimiser.state.get(p)]):
-        raise ValueError(f"{directory} lacks the optimiser state of {without[0]}")
+    state = initialise(optimiser, factors.parameter)
+    for key, value in state.items():
+        if not torch.is_tensor(value):
+            state[key] = numbers.pop(key, value)
+            continue
+        saved = tensors.pop(f"optimiser.{key}", None)
+        if saved is None or saved.shape != value.shape:
+            raise ValueError(f"{directory} lacks the optimiser's {key}, or it fits no trainable tensor of this model")
+        value.copy_(saved)
+    if tensors or numbers:
+        raise ValueError(f"{directory}: {next(iter([*tensors, *numbers]))} belongs to another optimiser")
     return progress

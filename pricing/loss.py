@@ -15,6 +15,7 @@ the part of the cross-entropy of q and P that one path carries; no further forwa
 cross-entropy.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,7 +29,8 @@ LOSSES = ("answer", "soft")
 
 class AnswerLoss:
     """Sum of the loss over a batch's supervised tokens, in nats; the caller divides by their number over the whole
-    window."""
+    window. In two halves: `prepare` knows the examples and runs on the CPU, the call is tensors only, of fixed sizes,
+    so that it can be recorded once and replayed (engine.py)."""
 
     def __init__(self, kind: str, tree: PriceTree, width: float, device: torch.device | str):
         self.kind, self.tree, self.width = kind, tree, width
@@ -66,13 +68,21 @@ class AnswerLoss:
         target = mass[torch.tensor(rows)[:, None], self.child[torch.tensor(nodes)]]  # (P, k)
         return torch.tensor(positions), target / target.sum(1, keepdim=True)
 
-    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Logits (M, V) float32 at the answer positions -> () nats, summed over the M tokens"""
-        losses = F.cross_entropy(logits, torch.tensor(batch.targets, device=logits.device), reduction="none")  # (M,)
-        if self.kind == "soft":
+    def prepare(self, batch: Batch) -> dict[str, np.ndarray]:
+        """What the call needs besides logits: `targets` (M,), -100 for none; for `soft` also `target_shares` (M, k)"""
+        if self.kind == "answer":
+            return {"targets": batch.targets}
+        targets = batch.targets.copy()
+        shares = np.zeros((len(targets), len(self.tree.choices)), np.float32)
+        if batch.examples:
             positions, target = self.soft_targets(batch.examples)
-            positions, target = positions.to(logits.device), target.to(logits)
-            chosen = logits[positions]  # (P, V)
-            log_probs = chosen[:, self.choices] - chosen.logsumexp(dim=1, keepdim=True)  # (P, k)
-            losses = losses.index_copy(0, positions, -(target * log_probs).sum(1))
-        return losses.sum()
+            shares[positions], targets[positions] = target, -100
+        return {"targets": targets, "target_shares": shares}
+
+    def __call__(self, logits: Tensor, prepared: dict[str, Tensor]) -> Tensor:
+        """Logits (M, V) float32 at the answer positions -> () nats, summed over the tokens that have a target"""
+        loss = F.cross_entropy(logits, prepared["targets"], reduction="sum", ignore_index=-100)
+        if self.kind == "soft":
+            log_probs = logits[:, self.choices] - logits.logsumexp(dim=1, keepdim=True)  # (M, k)
+            loss = loss - (prepared["target_shares"] * log_probs).sum()
+        return loss

@@ -76,10 +76,11 @@ class FrozenLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         grad_x = grad_x_lora = grad_A = grad_B = None
+        saved = ctx.saved_tensors  # read once: under activation checkpointing a second reading is an error
         if ctx.needs_input_grad[0]:
             grad_x = g @ ctx.linear.dequantise(g.dtype)  # (N, I)
-        if ctx.saved_tensors:  # LoRA was given
-            x_lora, z, lora_A, lora_B = ctx.saved_tensors
+        if saved:  # LoRA was given
+            x_lora, z, lora_A, lora_B = saved
             grad_z = ctx.scaling * (g @ lora_B)  # (N, R)
             grad_B = ctx.scaling * (g.T @ z)  # (O, R)
             grad_A = grad_z.T @ x_lora  # (R, I)

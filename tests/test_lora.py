@@ -12,23 +12,24 @@ from llama.attention import Layout
 from lora.adapter import load_adapter, save_adapter
 from lora.checkpoint import load_state, save_state, write_directory
 from lora.inject import inject, lora_layers
+from lora.optim import FlatFactors, make_optimiser
 
 TOKENS, LAYOUT = torch.arange(5, 35), Layout.packed([30])
 
 
-def train_a_little(model, steps=3, lr=1e-2, dropout_seed=0):
-    torch.manual_seed(dropout_seed)
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimiser = torch.optim.AdamW(parameters.values(), lr=lr)
+def train_a_little(model, steps=3, lr=1e-2, seed=0):
+    torch.manual_seed(seed)
+    factors = FlatFactors(lora_layers(model))
+    optimiser = make_optimiser("adamw", factors.parameter, lr, 0.0)
     losses = [train_step(model, optimiser) for _ in range(steps)]
-    return parameters, optimiser, losses
+    return factors, optimiser, losses
 
 
 def train_step(model, optimiser):
     loss = cross_entropy(model(TOKENS[:-1], Layout.packed([29])), TOKENS[1:])
     loss.backward()
     optimiser.step()
-    optimiser.zero_grad()
+    optimiser.zero_grad(set_to_none=False)
     return loss.item()
 
 
@@ -142,17 +143,17 @@ def test_resume_goes_on_as_if_never_stopped(tiny, tmp_path):
     first = our_model(tiny[1], 4)
     torch.manual_seed(5)
     inject(first, rank=4, alpha=8, dropout=0.2)
-    parameters, optimiser, losses = train_a_little(first, steps=3)
+    factors, optimiser, losses = train_a_little(first, steps=3)
     with write_directory(tmp_path / "run") as part:
         save_adapter(first, part, "x")
-        save_state(part / "state", parameters, optimiser, {"step": 3, "seconds": 1.5})
+        save_state(part / "state", factors, optimiser, {"step": 3, "seconds": 1.5})
 
     torch.manual_seed(99)
     second = our_model(tiny[1], 4)
     load_adapter(second, tmp_path / "run")
-    parameters = {n: p for n, p in second.named_parameters() if p.requires_grad}
-    optimiser = torch.optim.AdamW(parameters.values(), lr=1e-2)
-    assert load_state(tmp_path / "run" / "state", parameters, optimiser) == {"step": 3, "seconds": 1.5}
+    factors = FlatFactors(lora_layers(second))
+    optimiser = make_optimiser("adamw", factors.parameter, 1e-2, 0.0)
+    assert load_state(tmp_path / "run" / "state", factors, optimiser) == {"step": 3, "seconds": 1.5}
     losses += [train_step(second, optimiser) for _ in range(3)]
     assert losses == expected
 

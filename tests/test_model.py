@@ -111,6 +111,35 @@ def test_tree_decoding(tiny):
     close(first[0, 1], hf(torch.tensor([prompts[0] + [12]])).logits[0, -1].log_softmax(-1))
 
 
+def test_a_shared_prefix_is_read_once_and_changes_nothing(tiny):
+    model = our_model(tiny[1])
+    question, texts = list(range(40, 52)), [[3], [7, 8, 9, 10], [5, 6]]
+    tokens, parents = torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.zeros(3, 2, dtype=torch.long)
+    log_probs, top, cache = model.prefill([question + text for text in texts], ALL)
+    grown = model.extend(cache, tokens, parents, ALL)
+    shared_log_probs, shared_top, cache = model.prefill(texts, ALL, model.read_prefix(question))
+    close(shared_log_probs, log_probs)
+    assert torch.equal(shared_top, top)
+    close(model.extend(cache, tokens, parents, ALL)[0], grown[0])
+
+
+def test_the_last_block_goes_on_with_the_rows_asked_for(tiny):
+    """Dropping the others after its attention changes no number, forward or backward."""
+    model, layout = our_model(tiny[1]), Layout.packed([9, 4, 6])
+    at = torch.tensor([8, 11, 12, 18])
+    x = torch.randn(19, model.config.hidden_size)
+    results = []
+    for rows in (at, None):
+        model.embed_tokens.weight.data[:19] = x
+        model.embed_tokens.weight.requires_grad_().grad = None
+        states = model.hidden_states(torch.arange(19), layout, at=rows)
+        states = states if rows is not None else states[at]
+        states.square().sum().backward()
+        results.append((states.detach(), model.embed_tokens.weight.grad))
+    for some, whole in zip(*results, strict=True):
+        close(some, whole)
+
+
 def test_scaled_rope_against_transformers_at_real_sizes():
     from transformers import LlamaConfig as HFConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

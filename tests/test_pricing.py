@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import random
 import zipfile
 
 import numpy as np
@@ -12,7 +13,7 @@ from conftest import shared
 from llama.tokenizer import Tokenizer
 from pricing import sources
 from pricing.baselines import BASELINES
-from pricing.batch import batches, by_length, pack
+from pricing.batch import batches, by_length, count_batches, pack, shape_of
 from pricing.items import (
     Item,
     item_from_row,
@@ -254,20 +255,35 @@ def items_of(*texts):
 def test_the_mask_covers_exactly_the_answer(tokenizer):
     items = items_of("a mug", "Price is $99.00 printed on the box\n\nPrice is $", "lamp")
     examples = encode_items(items, tokenizer, max_tokens=200)
-    batch = pack(examples)
-    start = 0
-    for item, example, length in zip(items, examples, batch.lengths, strict=False):
+    shape = shape_of(examples, 512)
+    batch = pack(examples, shape)
+    for item, example, start, end in zip(items, examples, batch.edges, batch.edges[1:], strict=False):
         assert tokenizer.decode(example.prompt) == PROMPT.replace("{text}", item.text)
         assert tokenizer.decode(example.answer) == f"{item.dollars}.00"
-        assert batch.tokens[start : start + length] == example.prompt + example.answer[:-1]
-        predicted = {
-            a + 1 - start: t for a, t in zip(batch.at, batch.targets, strict=True) if start <= a < start + length
-        }
+        assert batch.tokens[start:end].tolist() == example.prompt + example.answer[:-1]
+        assert batch.positions[start:end].tolist() == list(range(end - start))
+        predicted = {a + 1 - start: t for a, t in zip(batch.at, batch.targets, strict=True) if start <= a < end}
+        predicted = {i: t for i, t in predicted.items() if t != -100}
         whole = example.prompt + example.answer
         assert predicted == {i: whole[i] for i in range(len(example.prompt), len(whole))}
-        start += length
-    assert len(batch.tokens) % 128 == 0 and sum(batch.lengths) == len(batch.tokens)
-    assert max(batch.at) < batch.real_tokens  # the filler is not learnt
+    # What lies behind the items is filler: in sequences of its own, none too long, and never learnt.
+    lengths = np.diff(batch.edges)
+    assert len(batch.tokens) == 512 and lengths.sum() == 512 and lengths.max() <= shape.longest
+    assert batch.at.max() < batch.real_tokens and (batch.targets != -100).sum() == batch.supervised
+    assert (np.diff(batch.slots)[np.diff(batch.positions) == 1] == 1).all() and len(set(batch.slots)) == 512
+
+
+def test_every_batch_has_the_same_shape_and_an_item_that_is_too_long_is_named():
+    examples = [Example([1] * n, [2, 3], 1.0) for n in (5, 9, 30, 2, 2, 2)]
+    shape = shape_of(examples, 40)
+    for chosen in ([], examples[:2], examples[2:4]):
+        arrays = vars(pack(chosen, shape))
+        sizes = {k: v.shape for k, v in arrays.items() if isinstance(v, np.ndarray)}
+        assert sizes["tokens"] == (40,) and sizes["edges"] == (shape.sequences + 1,) and sizes["at"] == (shape.answers,)
+    with pytest.raises(ValueError, match="31 tokens does not fit into --batch-tokens 30"):
+        shape_of(examples, 30)
+    with pytest.raises(ValueError, match="do not fit"):
+        pack(examples[1:3] * 2, shape)
 
 
 def test_long_texts_are_cut_but_never_the_question(tokenizer):
@@ -282,24 +298,28 @@ def test_long_texts_are_cut_but_never_the_question(tokenizer):
 
 
 def test_every_epoch_has_every_item_once_and_resumes_anywhere():
-    examples = [Example([n], [n], float(n)) for n in range(23)]
-    stream = batches(examples, 5, seed=3)
-    epochs = [[next(stream) for _ in range(5)] for _ in range(3)]
-    for number, epoch in enumerate(epochs):
-        assert sorted(e.price for _, batch in epoch for e in batch) == list(range(23))
-        assert {n for n, _ in epoch} == {number}
-    assert epochs[0] != epochs[1]
-    flat = [batch for epoch in epochs for batch in epoch]
-    for start in (0, 3, 5, 12):
-        resumed = batches(examples, 5, seed=3, start=start)
-        assert [next(resumed) for _ in range(15 - start)] == flat[start:]
-    assert next(batches(examples, 5, seed=4)) != flat[0]
+    rng = random.Random(0)
+    examples = [Example([n] * rng.randint(3, 30), [n, n], float(n)) for n in range(200)]
+    shape = shape_of(examples, 100)
+    sizes = [count_batches(examples, shape, 3, n) for n in (1, 2, 3)]
+    stream = batches(examples, shape, seed=3)
+    flat = [next(stream) for _ in range(sizes[2])]
+    for first, last in zip([0, *sizes], sizes, strict=False):
+        assert sorted(e.price for batch in flat[first:last] for e in batch) == list(range(200))
+    assert flat[: sizes[0]] != flat[sizes[0] : sizes[1]]
+    real = sum(pack(batch, shape).real_tokens for batch in flat[: sizes[0]])
+    assert real / (sizes[0] * shape.tokens) > 0.9  # little filler
+    for start in (0, 3, sizes[0], sizes[0] + 2):
+        resumed = batches(examples, shape, seed=3, start=start)
+        assert [next(resumed) for _ in range(len(flat) - start)] == flat[start:]
+    assert next(batches(examples, shape, seed=4)) != flat[0]
+    assert count_batches(examples, shape, 3, 0.5) == -(-sizes[0] // 2)
 
 
 def test_batches_by_length_cover_all_longest_first():
     prompts = [[0] * n for n in (3, 9, 1, 7, 5)]
-    order = list(by_length(prompts, 2))
-    assert order == [[1, 3], [4, 0], [2]]
+    assert list(by_length(prompts, 18)) == [[1, 3], [4, 0, 2]]
+    assert list(by_length(prompts, 1)) == [[1], [3], [4], [0], [2]]
 
 
 # ---- metrics and report --------------------------------------------------------------------------------------------

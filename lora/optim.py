@@ -1,0 +1,112 @@
+"""The trained numbers as one flat vector, and the optimisers that move it.
+
+    python -m pytest tests/test_optim.py       # against one optimiser step for each tensor, and bitsandbytes' own
+
+An adapter has hundreds of small matrices. Laid end to end in one vector, clipping is one norm, an update is one
+kernel and zeroing is one fill; the matrices stay what they were, as views. AdamW works number by number, so the
+result is the same to the bit. Order: a parent module after the other (self_attn, mlp, ...), and in each first all A,
+then all B, so that the A of q, k and v lie one below the other, ready to be multiplied as one matrix (quant/fast.py).
+"""
+
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from lora.layer import LoRALinear
+
+# name -> (bitsandbytes class or None for PyTorch's own, bytes of state a trained number)
+OPTIMISERS = {
+    "adamw": (None, 8.0),
+    "adamw8bit": ("AdamW8bit", 2.04),
+    "paged-adamw8bit": ("PagedAdamW8bit", 2.04),
+    "sgd": (None, 4.0),
+    "lion8bit": ("Lion8bit", 1.02),
+}
+
+
+class FlatFactors:
+    """All lora_A and lora_B of a model as views of `parameter` (n,) float32, their gradients as views of its own."""
+
+    def __init__(self, layers: dict[str, LoRALinear]):
+        self.order: list[tuple[LoRALinear, str]] = []
+        for _, siblings in groupby(layers.items(), key=lambda item: item[0].rpartition(".")[0]):
+            siblings = [layer for _, layer in siblings]
+            self.order += [(layer, factor) for factor in ("lora_A", "lora_B") for layer in siblings]
+        factors = [getattr(layer, factor) for layer, factor in self.order]
+        self.parameter = nn.Parameter(torch.cat([f.detach().reshape(-1) for f in factors]))
+        self.parameter.grad = torch.zeros_like(self.parameter)
+        self.sizes = [f.numel() for f in factors]
+        for factor, data, grad in zip(
+            factors, self.parameter.data.split(self.sizes), self.parameter.grad.split(self.sizes), strict=True
+        ):
+            factor.data, factor.grad = data.view_as(factor), grad.view_as(factor)
+
+    def spread(self, groups: list, dtype: torch.dtype) -> None:
+        """Give each quant.fast.Group its factors in `dtype`: one cast, and in backward one concatenation for all.
+
+        A group's A are neighbours in the vector and come as one matrix (R_1 + R_2 + ..., I).
+        """
+        group_of = {part: group for group in groups for part in group.lora}
+        runs = [  # (group, factor, how many numbers): each run is one piece
+            (group, factor, [layer for layer, _ in run])
+            for (group, factor, _), run in groupby(
+                self.order, key=lambda o: (group_of[o[0]], o[1], None if o[1] == "lora_A" else o[0])
+            )
+        ]
+        sizes = [sum(getattr(layer, factor).numel() for layer in run) for _, factor, run in runs]
+        collected = {group: ([], []) for group in groups}
+        for (group, factor, run), piece in zip(runs, self.parameter.to(dtype).split(sizes), strict=True):
+            columns = getattr(run[0], factor).shape[1]
+            collected[group][factor == "lora_B"].append(piece.view(-1, columns))
+        for group, (lora_As, lora_Bs) in collected.items():
+            if len(lora_As) > 1:
+                raise ValueError("the factors A of a group must be neighbours in the flat vector")
+            group.factors = (lora_As[0], *lora_Bs) if lora_As else None
+
+    def gather(self, groups: list) -> None:
+        """End a step: groups read the live factors again (validation between steps must see what was learnt)."""
+        for group in groups:
+            group.factors = None
+
+
+def make_optimiser(name: str, parameter: nn.Parameter, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """`adamw` and `sgd` (momentum 0.9) are PyTorch's, fused, with a rate that may live on the GPU; the others keep
+    their state in 8 bits (Dettmers et al. 2021, arXiv 2110.02861), `paged` in memory that the GPU may move to the host.
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in OPTIMISERS:
+        raise ValueError(f"unknown optimiser {name!r}; choose from {', '.join(OPTIMISERS)}")
+    if name == "adamw":
+        rate = torch.tensor(lr, device=parameter.device)
+        return torch.optim.AdamW(
+            [parameter], lr=rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True, capturable=parameter.is_cuda
+        )
+    if name == "sgd":
+        rate = torch.tensor(lr, device=parameter.device)
+        return torch.optim.SGD([parameter], lr=rate, momentum=0.9, weight_decay=weight_decay, fused=True)
+    import bitsandbytes.optim as optim
+
+    betas = (0.9, 0.99)
+    return getattr(optim, OPTIMISERS[name][0])([parameter], lr=lr, betas=betas, weight_decay=weight_decay)
+
+
+def capturable(optimiser: torch.optim.Optimizer) -> bool:
+    """Whether a CUDA graph may hold its step: bitsandbytes' take rate and step number from Python each time."""
+    return isinstance(optimiser, (torch.optim.AdamW, torch.optim.SGD))
+
+
+def initialise(optimiser: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor | int]:
+    """The optimiser's state for the flat vector, made (all zero) if no step has made it yet."""
+    state = optimiser.state[parameter]
+    if state:
+        return state
+    if not capturable(optimiser):
+        optimiser.init_state(optimiser.param_groups[0], parameter, 0, 0)
+    elif isinstance(optimiser, torch.optim.AdamW):
+        state["step"] = torch.zeros((), device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    else:
+        state["momentum_buffer"] = torch.zeros_like(parameter)
+    return state

@@ -1,0 +1,130 @@
+"""A training step: windows, steps left out, and on a GPU the recorded step against the same lines run one by one."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import our_model
+
+from engine import Step
+from lora.inject import inject, lora_layers
+from lora.optim import FlatFactors, make_optimiser
+from memory import Plan, Recompute
+from pricer import speed_up
+from pricing.batch import Shape, pack
+from pricing.prompt import Example
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Loss:
+    def prepare(self, batch):
+        return {"targets": batch.targets}
+
+    def __call__(self, logits, arrays):
+        return torch.nn.functional.cross_entropy(logits, arrays["targets"], reduction="sum", ignore_index=-100)
+
+
+def examples(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        Example(rng.integers(0, 90, rng.integers(3, 20)).tolist(), rng.integers(0, 90, 3).tolist(), 1.0)
+        for _ in range(count)
+    ]
+
+
+def make_step(directory, shape, *, accumulate=1, fast=True, graph=False, optimiser="adamw", plan=Plan(), bits=4):
+    model = our_model(directory, bits=bits).to(DEVICE)
+    model.frequency = model.frequency.to(DEVICE)
+    torch.manual_seed(0)
+    inject(model, rank=4, alpha=8)
+    factors = FlatFactors(lora_layers(model))
+    groups = speed_up(model, plan, shape) if fast else []
+    step = Step(
+        model, Loss(), factors, make_optimiser(optimiser, factors.parameter, 1e-2, 0.0), groups, shape,
+        accumulate=accumulate, clip=1.0, graph=graph,
+    )  # fmt: skip
+    return step, factors.parameter
+
+
+def shape_for(tokens, items):
+    return Shape(tokens, items, 22, items * 3)
+
+
+def run(step, windows, rate=1e-2):
+    return [step(window, rate).read() for window in windows]
+
+
+def test_accumulating_equals_the_large_batch(tiny):
+    """A mean over the window's supervised tokens, not a mean of means; a short last window too."""
+    chosen = examples(16)
+    large, moved = make_step(tiny[1], shape_for(512, 16))
+    a = run(large, [[pack(chosen[:12], large.shape)], [pack(chosen[12:], large.shape)]])
+    small, also = make_step(tiny[1], shape_for(128, 5), accumulate=3)
+    parts = [chosen[:5], chosen[5:7], chosen[7:12]], [chosen[12:14], chosen[14:]]
+    b = run(small, [[pack(part, small.shape) for part in window] for window in parts])
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+    torch.testing.assert_close(moved, also, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(keep=1), Plan(recompute=2), Plan(keep=2, recompute=1)])
+def test_the_fast_path_learns_as_the_readable_one(tiny, plan):
+    chosen, shape = examples(30), shape_for(128, 6)
+    windows = [[pack(chosen[i : i + 5], shape)] for i in range(0, 30, 5)]
+    results = []
+    for fast in (False, True):
+        step, parameter = make_step(tiny[1], shape, fast=fast, plan=plan if fast else Plan())
+        results.append((run(step, windows), parameter.detach().clone()))
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-4)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd", "adamw8bit"])
+def test_a_step_without_a_finite_gradient_leaves_the_weights(tiny, optimiser):
+    shape = shape_for(128, 6)
+    step, parameter = make_step(tiny[1], shape, optimiser=optimiser)
+    window = [pack(examples(5), shape)]
+    run(step, [window])
+    before = parameter.detach().clone()
+    weight = step.model.norm.weight.data.clone()
+    step.model.norm.weight.data.fill_(float("nan"))
+    loss, norm = run(step, [window])[0]
+    assert not np.isfinite(loss) and torch.equal(parameter, before)
+    step.model.norm.weight.data.copy_(weight)
+    run(step, [window])
+    assert torch.isfinite(parameter).all() and not torch.equal(parameter, before)
+
+
+def test_recomputation_keeps_less_for_backward(tiny):
+    """What autograd holds between forward and backward, counted tensor by tensor."""
+    shape, held = shape_for(128, 6), []
+    for blocks in (0, 2):
+        step, _ = make_step(tiny[1], shape, plan=Plan(recompute=blocks))
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: (sizes.__setitem__(t.data_ptr(), t.nbytes), t)[1], lambda t: t
+        ):
+            arrays = {k: torch.as_tensor(v).to(DEVICE) for k, v in step.unpack(pack(examples(5), shape)).items()}
+            step.feeds[0].push({k: v.cpu().numpy() for k, v in arrays.items()})
+            step.compute()
+        held.append(sum(sizes.values()))
+    assert held[1] < 0.6 * held[0], held
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd", "lion8bit"])
+@pytest.mark.parametrize("plan", [Plan(), Plan(recompute=2, offload=True)])
+def test_a_recorded_step_equals_its_lines_run_one_by_one(tiny, optimiser, plan):
+    chosen, shape = examples(30), shape_for(128, 6)
+    windows = [[pack(chosen[i : i + 5], shape)] for i in range(0, 30, 5)]
+    results = []
+    for graph in (False, True):
+        step, parameter = make_step(tiny[1], shape, graph=graph, optimiser=optimiser, plan=plan)
+        results.append((run(step, windows), parameter.detach().clone()))
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-4)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-4)
+
+
+def test_recompute_passes_blocks_it_does_not_know(tiny):
+    model = our_model(tiny[1])
+    wrapper = Recompute(model, 1, False, (4, 4), DEVICE)
+    assert set(wrapper.index) == {model.layers[0]}

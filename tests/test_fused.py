@@ -1,0 +1,151 @@
+"""The fast path against the readable one, forward and backward.
+
+    python -m pytest tests/test_fused.py
+    TRITON_INTERPRET=1 python -m pytest tests/test_fused.py      # the kernels without a GPU, where Triton is installed
+
+Without a GPU the Triton kernels are skipped, and say so; groups of linears are tested everywhere.
+"""
+
+import os
+
+import pytest
+import torch
+from conftest import hugging_face_model, our_model, tiny_config
+
+from llama.attention import Layout
+from llama.model import PIECES
+from llama.rope import rotary_table
+from lora.inject import inject, lora_layers
+from lora.optim import FlatFactors
+from quant.fast import Packed, group_linears
+from quant.linear import LinearNF4
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+kernels = pytest.mark.skipif(
+    not (torch.cuda.is_available() or INTERPRET), reason="Triton kernels need a GPU, or TRITON_INTERPRET=1"
+)
+# Off the GPU the kernels compute in float32; on it bfloat16 too, where one rounding is 2^-8.
+DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
+
+
+def close(a, b, dtype=torch.float32):
+    tolerance = 1e-5 if dtype == torch.float32 else 8e-3
+    error = (a.float() - b.float()).norm() / b.float().norm()
+    assert error < tolerance, error
+
+
+def both(name, inputs, extra):
+    """Outputs and input gradients of a piece, plain and fused"""
+    from llama.fused import FUSED
+
+    results = []
+    for pieces in (PIECES, FUSED):
+        given = [None if x is None else x.clone().requires_grad_() for x in inputs]
+        out = pieces[name](*[None if x is None else x * 1 for x in given], *extra)
+        out = out if isinstance(out, tuple) else (out,)
+        torch.manual_seed(1)
+        torch.autograd.backward(out, [torch.randn_like(o) for o in out])
+        results.append([*out, *(x.grad for x in given if x is not None)])
+    return zip(*results, strict=True)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("add", [True, False])
+def test_add_norm(dtype, add):
+    x, delta = torch.randn(5, 48, device=DEVICE), torch.randn(5, 48, device=DEVICE, dtype=dtype) if add else None
+    for plain, fused in both("add_norm", [x, delta], (torch.rand(48, device=DEVICE), 1e-5, dtype)):
+        assert fused.dtype == plain.dtype
+        close(fused, plain, dtype)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu(dtype):
+    for plain, fused in both("swiglu", [torch.randn(5, 2 * 1100, device=DEVICE, dtype=dtype)], ()):
+        close(fused, plain, dtype)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths, heads, kv_heads, size", [([5, 70, 1, 130], 4, 2, 16), ([3, 9], 6, 2, 24)])
+def test_attention(dtype, lengths, heads, kv_heads, size):
+    layout = Layout.packed(lengths, DEVICE)
+    frequency = 1e4 ** -(torch.arange(0, size, 2, device=DEVICE) / size)
+    rotary = rotary_table(frequency, layout.positions)
+    # Sequences without tokens at the end are what a batch with fewer items than its shape allows looks like.
+    layout.edges = torch.cat([layout.edges, layout.edges[-1:].repeat(3)])
+    qkv = torch.randn(sum(lengths), (heads + 2 * kv_heads) * size, device=DEVICE, dtype=dtype)
+    for plain, fused in both("attention", [qkv], (*rotary, kv_heads, size, layout, None, 0)):
+        close(fused, plain, dtype)
+
+
+@kernels
+@pytest.mark.parametrize("name", ["plain", "fused"])
+def test_a_poisoned_neighbour_moves_nothing(name):
+    """Items lie side by side in memory: NaN in one must reach no other, forward or backward."""
+    from llama.fused import FUSED
+
+    piece = (FUSED if name == "fused" else PIECES)["attention"]
+    layout = Layout.packed([7, 66, 5], DEVICE)
+    rotary = rotary_table(torch.rand(8, device=DEVICE), layout.positions)
+    results = []
+    for poison in (0.0, float("nan")):
+        torch.manual_seed(0)
+        qkv = torch.randn(78, 8 * 16, device=DEVICE)
+        qkv[7:73] += poison
+        qkv.requires_grad_()
+        out = piece(qkv * 1, *rotary, 2, 16, layout, None, 0)
+        out.backward(torch.ones_like(out))
+        results.append((out.detach(), qkv.grad))
+    for clean, poisoned in zip(*results, strict=True):
+        outside = [*range(7), *range(73, 78)]
+        assert torch.equal(clean[outside], poisoned[outside]) and poisoned[7:73].isnan().any()
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.skipif(DEVICE == "cpu", reason="the packed kernel needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joined_nf4_weights_equal_bitsandbytes(nested, dtype):
+    linears = [
+        LinearNF4(torch.randn(o, 1024, device=DEVICE) * (i + 1) * 0.01, double_quant=nested)
+        for i, o in enumerate((1024, 256, 512))
+    ]
+    apart = torch.cat([linear.dequantise(dtype) for linear in linears])
+    assert Packed.fits(linears)
+    joined = Packed(linears)
+    assert torch.equal(joined.dequantise(torch.full_like(apart, float("nan"))), apart)
+    assert torch.equal(torch.cat([linear.dequantise(dtype) for linear in linears]), apart)  # through their views
+
+
+def gradients(directory, bits, targets, fast, keep=False, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = our_model(directory, bits=bits, dtype=dtype).to(DEVICE)
+    model.frequency = model.frequency.to(DEVICE)
+    inject(model, rank=4, alpha=6, targets=targets)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    factors = FlatFactors(lora_layers(model))
+    if fast:
+        groups = group_linears(model)
+        for group in groups if keep else []:
+            group.keep(dtype)
+        factors.spread(groups, dtype)
+        if DEVICE == "cuda":
+            model.fuse_pieces()
+    torch.manual_seed(1)
+    tokens = torch.randint(0, model.config.vocab_size, (15,), device=DEVICE)
+    logits = model(tokens, Layout.packed([5, 7, 3], DEVICE), torch.tensor([3, 4, 10, 14], device=DEVICE))
+    logits.backward(torch.randn_like(logits))
+    return logits.detach(), factors.parameter.grad
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj,down_proj"])
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_model_of_groups_equals_the_readable_one(tmp_path, bits, targets, keep):
+    hugging_face_model(tiny_config(attention_bias=True), tmp_path / "m")
+    plain, fast = (gradients(tmp_path / "m", bits, targets, fast, keep) for fast in (False, True))
+    for a, b in zip(fast, plain, strict=True):
+        close(a, b)

@@ -1,0 +1,58 @@
+"""The memory plan: units, the order of its levers, the floor; on a GPU, the estimate against what PyTorch counts."""
+
+import pytest
+import torch
+
+from benchmarks.random_model import SHAPES, SHARED
+from llama.config import LlamaConfig
+from memory import GIB, Estimate, Plan, choose, free_memory, parse_bytes
+from pricing.batch import Shape
+
+SHAPE = Shape(2304, 21, 182, 84)
+
+
+def estimate(shape="8b", tokens=SHAPE, targets="attention", bits=4):
+    config = LlamaConfig.from_dict(SHARED | SHAPES[shape])
+    return Estimate(config, tokens, bits=bits, dtype=torch.bfloat16, rank=32, targets=targets)
+
+
+def test_amounts_of_memory():
+    assert parse_bytes("6GiB") == 6 * GIB and parse_bytes("1.5 GB") == 1_500_000_000
+    assert parse_bytes("512MiB") == GIB // 2 and parse_bytes("1e9") == 10**9
+    for wrong in ("6 apples", "", "GiB", "-3GiB"):
+        with pytest.raises(ValueError, match="is no amount of memory"):
+            parse_bytes(wrong)
+
+
+def test_less_memory_pulls_one_lever_after_the_other():
+    levers = []
+    for budget in (80, 20, 14, 9, 6, 5.6, 5.2):
+        plan, reasons = choose(estimate(), int(budget * GIB))
+        assert estimate().total(plan) <= budget * GIB and (reasons or plan == Plan())
+        levers.append(plan)
+    assert levers[0].keep == 32 and 0 < levers[1].keep < 32
+    assert levers[2].keep == 0 and levers[2].host_embed and not levers[2].offload
+    assert 0 < levers[3].recompute < 32 and not levers[3].head8
+    assert levers[-1].head8 and levers[-1].optimiser == "adamw8bit" and levers[-1].recompute == 32
+    recompute = [plan.recompute for plan in levers]
+    assert recompute == sorted(recompute)
+
+
+def test_below_the_floor_is_refused_and_the_floor_named():
+    with pytest.raises(ValueError, match=r"budget 3.00 GiB is below the floor of 5\.\d\d GiB .* lower --batch-tokens"):
+        choose(estimate(), 3 * GIB)
+
+
+def test_an_optimiser_that_was_asked_for_is_kept():
+    plan, _ = choose(estimate(), int(5.3 * GIB), "lion8bit")
+    assert plan.optimiser == "lion8bit"
+
+
+def test_a_tied_head_is_neither_moved_nor_rounded():
+    floor = estimate("3b").total(Plan(recompute=28, offload=True, optimiser="adamw8bit"))
+    plan, _ = choose(estimate("3b"), int(floor) + 1)
+    assert not plan.host_embed and not plan.head8
+
+
+def test_free_memory_is_part_of_the_machine():
+    assert 0 < free_memory(torch.device("cpu")) < 2**50
