@@ -72,7 +72,8 @@ def main() -> None:
         rows.append([
             f"{name} {out_features} x {in_features}",
             f"{ours:.1f}", f"{moved / ours / 1e6 / copy:.0%}",
-            f"{theirs:.1f}", f"{moved / theirs / 1e6 / copy:.0%}", f"{forward:.0f}", f"{work / forward / 1e6 / peak:.0%}",
+            f"{theirs:.1f}", f"{moved / theirs / 1e6 / copy:.0%}",
+            f"{forward:.0f}", f"{work / forward / 1e6 / peak:.0%}",
             f"{backward:.0f}", f"{work / backward / 1e6 / peak:.0%}",
         ])  # fmt: skip
     print(f"{figures['gpu']}: copies at {copy:.2f} TB/s, 8192 x 8192 x 8192 in bfloat16 at {peak:.0f} TFLOP/s")

@@ -110,7 +110,7 @@ def test_predict_prices_a_text_and_a_file(place):
     price = [int(line.split()[0].lstrip("$")) for line in (gold, tin)]
     assert price[0] > 500 and price[1] < 60 and "(80 %: $" in gold
     (place / "new.csv").write_text(
-        "title,category,description\n" + "".join(f"{w} 3,ring,{' '.join([w] * 8)}\n" for w in ("gold", "tin"))
+        "title,category,description\n" + "".join(f"{w} 203,ring,{' '.join([w] * 8)}\n" for w in ("gold", "tin"))
     )
     table, _ = run("predict.py", "--ckpt", place / "out", "--file", place / "new.csv")
     lines = table.strip().splitlines()
