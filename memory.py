@@ -25,7 +25,7 @@ from lora.optim import OPTIMISERS
 from pricing.batch import Shape
 
 GIB = 1 << 30
-WORKSPACE = 0.1 * GIB  # cuBLAS, and what blocks of uneven sizes leave unused
+WORKSPACE = 0.2 * GIB  # cuBLAS on two streams, rotary tables, rounding up
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class Plan:
     offload: bool = False
     optimiser: str = "adamw"
     head8: bool = False
+
+    @property
+    def places(self) -> int:
+        """Scratch matrices: a second one, to dequantise ahead, unless memory is short"""
+        return 1 if self.recompute else 2
 
 
 def parse_bytes(text: str) -> int:
@@ -80,8 +85,8 @@ class Estimate:
         saved += c * wide * any(name in chosen for name in ("gate_proj", "up_proj"))
         saved += f * wide * ("down_proj" in chosen)
         self.block_saved = saved * n
-        # gradients of the residual (float32 twice, once rounded), of the MLP's inside, of the normed input
-        self.passing = n * (8 * c + 2 * c * wide + 3 * f * wide)
+        # gradients: of the residual (float32, and rounded), of the MLP's inside
+        self.passing = n * (4 * c + c * wide + 3 * f * wide)
         rows = min(config.vocab_size, 16384)
         # logits, their gradient and softmax; the chunks of the head's three terms
         self.logits = 4 * 4 * m * config.vocab_size + 2 * 4 * 3 * m * rows + rows * c * (wide if wide == 4 else 0)
@@ -89,14 +94,14 @@ class Estimate:
     def total(self, plan: Plan) -> float:
         """Peak bytes under a plan"""
         fixed = self.weights + plan.keep * self.kept_block
-        fixed += self.scratch if plan.keep < self.layers else 0
+        fixed += self.scratch * plan.places if plan.keep < self.layers else 0
         fixed += 0 if plan.host_embed else self.embedding
         fixed += self.head8 if plan.head8 else self.head
         fixed += self.lora * (4 + 4 + OPTIMISERS[plan.optimiser][1] + 2 + 2)
         # The last block goes on with the supervised rows alone, so it keeps about a third of the others.
         whole = max(0, self.layers - plan.recompute - 0.6)
         inputs = 3 * self.residual if plan.offload else plan.recompute * self.residual
-        again = self.block_saved if plan.recompute else 0
+        again = self.block_saved - self.residual if plan.recompute else 0  # its input is there already
         return fixed + inputs + max(self.logits, again + self.passing) + whole * self.block_saved + WORKSPACE
 
 
@@ -118,7 +123,7 @@ def choose(estimate: Estimate, budget: int, optimiser: str = "adamw") -> tuple[P
         if estimate.kept_block:
             spare = budget - plain
             keep = min(estimate.layers, int(spare // estimate.kept_block))
-            if plain - estimate.scratch + estimate.layers * estimate.kept_block <= budget:
+            if estimate.total(replace(plan, keep=estimate.layers)) <= budget:
                 keep = estimate.layers  # then no scratch is needed
             plan = replace(plan, keep=keep)
             if keep:

@@ -63,7 +63,8 @@ def test_accumulating_equals_the_large_batch(tiny):
     parts = [chosen[:5], chosen[5:7], chosen[7:12]], [chosen[12:14], chosen[14:]]
     b = run(small, [[pack(part, small.shape) for part in window] for window in parts])
     np.testing.assert_allclose(a, b, rtol=1e-4)
-    torch.testing.assert_close(moved, also, rtol=1e-4, atol=1e-5)
+    # Adam moves a number whose gradient is rounding noise by a whole rate: compare the whole vector, not each one.
+    assert (moved - also).norm() < 1e-2 * moved.norm()
 
 
 @pytest.mark.parametrize("plan", [Plan(), Plan(keep=1), Plan(recompute=2), Plan(keep=2, recompute=1)])
