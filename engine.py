@@ -85,8 +85,6 @@ class Step:
             loss.backward()
             total += loss.detach()
         self.factors.gather(self.groups)
-        if self.groups:
-            self.groups[0].scratch.settle()
         norm = gradient.norm()
         gradient.mul_(self.clip / norm.clamp(min=self.clip))
         self.outcome.copy_(torch.stack([total, norm]))

@@ -37,12 +37,6 @@ class Plan:
     optimiser: str = "adamw"
     head8: bool = False
 
-    @property
-    def places(self) -> int:
-        """Scratch matrices: a second one, to dequantise ahead, unless memory is short"""
-        return 1 if self.recompute else 2
-
-
 def parse_bytes(text: str) -> int:
     """`6GiB`, `6144MiB`, `6e9` -> bytes. Raises ValueError."""
     match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(GiB|MiB|GB|MB|)", text.strip())
@@ -94,7 +88,7 @@ class Estimate:
     def total(self, plan: Plan) -> float:
         """Peak bytes under a plan"""
         fixed = self.weights + plan.keep * self.kept_block
-        fixed += self.scratch * plan.places if plan.keep < self.layers else 0
+        fixed += self.scratch if plan.keep < self.layers else 0
         fixed += 0 if plan.host_embed else self.embedding
         fixed += self.head8 if plan.head8 else self.head
         fixed += self.lora * (4 + 4 + OPTIMISERS[plan.optimiser][1] + 2 + 2)

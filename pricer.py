@@ -127,7 +127,7 @@ def load_base(config, tokenizer, directory, device, dtype, options, plan: Plan =
 def speed_up(model: Llama, plan: Plan = Plan(), shape: Shape | None = None) -> list[Group]:
     """The fast path, in place of the readable one: grouped linears, and on a GPU fused elementwise pieces; the plan's
     kept weights and recomputation. `shape` is that of training batches."""
-    groups = group_linears(model, plan.places)
+    groups = group_linears(model)
     per_block = len(groups) // len(model.layers)
     for group in groups[: plan.keep * per_block]:
         group.keep(model.compute_dtype)

@@ -40,7 +40,7 @@ def ours(args: argparse.Namespace, sequences: list[list[list[int]]], readable: b
 
     `args` holds model (the directory), memory_budget, bits, rank, alpha, targets (names of linears), supervised (tokens
     at the end of each sequence that carry the loss), shape, batch, steps and warmup. As in train.py, whole sequences
-    are packed into a fixed number of tokens: as many as `batch` sequences have on average, to the nearest 64.
+    are packed into a fixed number of tokens: as many as `batch` sequences have on average, rounded up to 64.
     """
     # Here: a peer's process shall not load our kernels.
     from engine import Step
@@ -59,7 +59,7 @@ def ours(args: argparse.Namespace, sequences: list[list[list[int]]], readable: b
     pool = random_sequences(WORKLOADS.get(args.shape, W8B), config.vocab_size, 4 * len(sequences), args.batch)
     pool = [ids for batch in pool for ids in batch]
     examples = [Example(ids[: -args.supervised], ids[-args.supervised :], 1.0) for ids in pool]
-    tokens = max(1, round(args.batch * (sum(map(len, pool)) / len(pool) - 1) / 64)) * 64  # the last one is not read
+    tokens = -(-args.batch * sum(map(len, pool)) // len(pool) // 64) * 64
     shape = shape_of(examples, tokens)
     plan, targets = Plan(), ",".join(args.targets)
     if not readable:

@@ -8,8 +8,7 @@ What differs from the readable path, and why it is faster:
   - q, k and v read the same x, so do gate and up. A `Group` lays their weights one below the other in one matrix and
     multiplies once: fewer, larger products.
   - All groups share one scratch matrix, the size of the largest. It is filled, multiplied and overwritten: the model
-    in 16 bits never exists, and nothing is allocated. With a second one, the next group is dequantised while this one
-    is multiplied.
+    in 16 bits never exists, and nothing is allocated.
   - A Triton kernel turns nested NF4 into bfloat16 in one pass, reading 0.52 and writing 2 bytes a weight, where
     bitsandbytes' needs a pass of its own for absmax. Every bit is the same (enable_fp_fusion=False: a fused
     multiply-add would round once where the definition rounds twice).
@@ -106,21 +105,20 @@ class Packed:
 
 
 class Aside:
-    """`with Aside(device, lane) as aside:` runs its body on another stream; `aside.join()` waits for it.
+    """`with Aside(device) as aside:` runs on a second stream what is not needed at once; `aside.join()` waits for it.
 
-    What is small (LoRA's products) or bound by memory (dequantising ahead) then fills the gaps that large products
-    leave. On a CPU all of this does nothing.
+    LoRA's products are small: beside the large one they cost next to nothing. On a CPU all of this does nothing.
     """
 
-    streams: dict = {}  # (main stream, lane) -> the stream beside it
+    streams: dict = {}  # main stream -> the one beside it
 
-    def __init__(self, device: torch.device, lane: str):
+    def __init__(self, device: torch.device):
         self.side = None
         if device.type == "cuda":
             self.main = torch.cuda.current_stream(device)
-            if (self.main, lane) not in self.streams:
-                self.streams[self.main, lane] = torch.cuda.Stream(device)
-            self.side = self.streams[self.main, lane]
+            if self.main not in self.streams:
+                self.streams[self.main] = torch.cuda.Stream(device)
+            self.side = self.streams[self.main]
 
     def __enter__(self):
         if self.side:
@@ -138,28 +136,6 @@ class Aside:
             self.main.wait_stream(self.side)
 
 
-class Scratch:
-    """Room for the dequantised matrices of all groups: one place, or two, of which one is filled while the other is
-    multiplied. A group's place is its number modulo the places."""
-
-    def __init__(self, places: int):
-        self.size = 0  # numbers of the largest group
-        self.rooms: list[Tensor | None] = [None] * places
-        self.ready: list[tuple | None] = [None] * places  # (group, Aside) that has been filled ahead and not yet used
-
-    def view(self, group: "Group", dtype: torch.dtype) -> Tensor:
-        place = group.number % len(self.rooms)
-        if self.rooms[place] is None or self.rooms[place].dtype != dtype:
-            self.rooms[place] = torch.empty(self.size, dtype=dtype, device=group.device)
-        return self.rooms[place][: group.shape[0] * group.shape[1]].view(group.shape)
-
-    def settle(self) -> None:
-        """Wait for what was filled ahead, and forget it. A step ends with this: a graph must not leave work behind."""
-        for _, aside in filter(None, self.ready):
-            aside.join()
-        self.ready = [None] * len(self.ready)
-
-
 class GroupFunction(torch.autograd.Function):
     """y = [x W_1^T + s_1 (x A_1^T) B_1^T, x W_2^T + ...], see quant/linear.py for each line of backward.
 
@@ -170,9 +146,9 @@ class GroupFunction(torch.autograd.Function):
     def forward(ctx, group, x, lora_A, *lora_Bs):
         ctx.group = group
         if lora_A is not None:
-            with Aside(x.device, "lora") as aside:
+            with Aside(x.device) as aside:
                 z = x @ lora_A.T  # (N, R)
-        y = torch.nn.functional.linear(x, group.weight(x.dtype, group.following), group.bias(x.dtype))  # (N, O)
+        y = torch.nn.functional.linear(x, group.weight(x.dtype), group.bias(x.dtype))  # (N, O)
         if lora_A is not None:
             aside.join()
             for (rows, ranks, scaling), lora_B in zip(group.slices, lora_Bs, strict=True):
@@ -186,14 +162,14 @@ class GroupFunction(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: under recomputation each reading would run the block again
         if saved:
             x, z, lora_A, *lora_Bs = saved
-            with Aside(g.device, "lora") as aside:
+            with Aside(g.device) as aside:
                 grad_z = torch.empty_like(z)
                 for (rows, ranks, scaling), lora_B in zip(group.slices, lora_Bs, strict=True):
                     torch.addmm(z[:, ranks], g[:, rows], lora_B, beta=0, alpha=scaling, out=grad_z[:, ranks])
                     grad_Bs.append(torch.addmm(lora_B, g[:, rows].T, z[:, ranks], beta=0, alpha=scaling))
                 grad_A = grad_z.T @ x  # (R, I)
         if ctx.needs_input_grad[1]:
-            grad_x = g @ group.weight(g.dtype, group.preceding)  # (N, I)
+            grad_x = g @ group.weight(g.dtype)  # (N, I)
         if saved:
             aside.join()
             if grad_x is not None:
@@ -207,15 +183,13 @@ class Group:
     `parts` are quant.linear.FrozenLinear, bare or inside a lora.layer.LoRALinear without dropout.
     """
 
-    def __init__(self, parts: list[nn.Module], scratch: Scratch, number: int = 0):
-        self.parts, self.scratch, self.number = parts, scratch, number
-        self.following: Group | None = None  # in the order of the forward pass
-        self.preceding: Group | None = None
+    def __init__(self, parts: list[nn.Module], scratch: dict):
+        self.parts, self.scratch = parts, scratch
         self.bases = [getattr(part, "base", part) for part in parts]
         self.lora = [part for part in parts if hasattr(part, "lora_A")]
         self.shape = (sum(base.out_features for base in self.bases), self.bases[0].in_features)
         self.device = next(self.bases[0].buffers()).device
-        scratch.size = max(scratch.size, self.shape[0] * self.shape[1])
+        scratch["size"] = max(scratch.get("size", 0), self.shape[0] * self.shape[1])
         self.slices = []  # for each part with LoRA: its columns of y, its columns of z, its scaling
         row = rank = 0
         for part, base in zip(parts, self.bases, strict=True):
@@ -232,25 +206,14 @@ class Group:
                 base.weight = rows
         self.factors: tuple | None = None  # (A, B_1, B_2, ...) in the compute dtype, set anew for each training step
 
-    def weight(self, dtype: torch.dtype, neighbour: "Group | None" = None) -> Tensor:
-        """All weights of the group, one below the other  # (O, I); overwritten by later groups
-
-        `neighbour` is the group that comes next: it is dequantised ahead, where there is a second place.
-        """
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """All weights of the group, one below the other  # (O, I); overwritten by the next group"""
         if self.kept is not None and self.kept.dtype == dtype:
-            weight = self.kept
-        else:
-            weight, place = self.scratch.view(self, dtype), self.number % len(self.scratch.rooms)
-            ready, self.scratch.ready[place] = self.scratch.ready[place], None
-            if ready and ready[0] is self:
-                ready[1].join()
-            else:
-                self.fill(weight)
-        if neighbour and neighbour.kept is None and len(self.scratch.rooms) == 2 and weight.is_cuda:
-            with Aside(self.device, "ahead") as aside:
-                neighbour.fill(self.scratch.view(neighbour, dtype))
-            self.scratch.ready[neighbour.number % 2] = neighbour, aside
-        return weight
+            return self.kept
+        room = self.scratch.get(dtype)
+        if room is None:
+            room = self.scratch[dtype] = torch.empty(self.scratch["size"], dtype=dtype, device=self.device)
+        return self.fill(room[: self.shape[0] * self.shape[1]].view(self.shape))
 
     def fill(self, weight: Tensor) -> Tensor:
         if self.packed:
@@ -272,8 +235,6 @@ class Group:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, I) -> (N, O)"""
-        if self.number == 0:  # a pass begins: what an earlier one left behind is not to be trusted
-            self.scratch.settle()
         factors = self.factors
         if factors is None and self.lora:
             factors = (torch.cat([p.lora_A for p in self.lora]).to(x.dtype), *(p.lora_B.to(x.dtype) for p in self.lora))
@@ -308,20 +269,14 @@ def quantise_head(weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]
     return torch.cat(parts), torch.cat(scales)
 
 
-def group_linears(model: nn.Module, places: int = 1) -> list[Group]:
+def group_linears(model: nn.Module) -> list[Group]:
     """Let every block of a llama.model.Llama multiply by groups; returns them in the order of the forward pass."""
-    scratch, groups = Scratch(places), []
-
-    def group(*parts: nn.Module) -> Group:
-        groups.append(Group(list(parts), scratch, len(groups)))
-        return groups[-1]
-
+    scratch, groups = {}, []
     for block in model.layers:
         attention, mlp = block.self_attn, block.mlp
-        attention.qkv = group(attention.q_proj, attention.k_proj, attention.v_proj)
-        attention.o_proj.forward = group(attention.o_proj)
-        mlp.gate_up = group(mlp.gate_proj, mlp.up_proj)
-        mlp.down_proj.forward = group(mlp.down_proj)
-    for earlier, later in zip(groups, groups[1:], strict=False):
-        earlier.following, later.preceding = later, earlier
+        attention.qkv = Group([attention.q_proj, attention.k_proj, attention.v_proj], scratch)
+        attention.o_proj.forward = Group([attention.o_proj], scratch)
+        mlp.gate_up = Group([mlp.gate_proj, mlp.up_proj], scratch)
+        mlp.down_proj.forward = Group([mlp.down_proj], scratch)
+        groups += [attention.qkv, attention.o_proj.forward, mlp.gate_up, mlp.down_proj.forward]
     return groups
