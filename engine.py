@@ -6,6 +6,8 @@ them by a single call. It replays on the same memory, so all arrays keep their s
 is copied into the same place. Nothing in a step waits for the GPU: its loss is read while the next one runs.
 """
 
+import time
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -55,6 +57,7 @@ class Step:
         initialise(optimiser, factors.parameter)
         arrays = self.unpack(pack([], shape))
         self.feeds = [Feed(arrays, self.device) for _ in range(accumulate)]
+        self.rows = [shape.sequences] * accumulate  # of the attention's grid; a recorded step has no grid
         # rate, 1 / supervised tokens, and whether to leave the weights alone whatever comes out
         self.scalars = Feed({"rate": np.float32(0), "weight": np.float32(1), "idle": np.float32(1)}, self.device)
         self.outcome = torch.zeros(2, device=self.device)  # loss in nats a supervised token, norm of the gradient
@@ -72,13 +75,11 @@ class Step:
         gradient, scalars = self.factors.parameter.grad, self.scalars.on_device
         gradient.zero_()
         total = torch.zeros((), device=self.device)
-        for feed in self.feeds:
+        for feed, rows in zip(self.feeds, self.rows, strict=True):
             if self.groups:
                 self.factors.spread(self.groups, self.model.compute_dtype)
             arrays = feed.on_device
-            layout = Layout(
-                arrays["positions"], self.shape.sequences, self.shape.longest, arrays["slots"], edges=arrays["edges"]
-            )
+            layout = Layout(arrays["positions"], rows, self.shape.longest, arrays["slots"], edges=arrays["edges"])
             logits = self.model(arrays["tokens"], layout, arrays["at"])  # (M, V)
             # A sum in nats times one weight for the whole window: a mean of means would weigh short batches more.
             loss = self.loss(logits, arrays) * scalars["weight"]
@@ -110,12 +111,15 @@ class Step:
 
     def __call__(self, window: list[Batch], rate: float) -> "Outcome":
         """Queue one step; at most `accumulate` batches, fewer at the end of a run. Returns at once."""
+        clock = Clock(self.device)
         supervised = sum(batch.supervised for batch in window)
         self.scalars.push({"rate": np.float32(rate), "weight": np.float32(1 / supervised), "idle": np.float32(0)})
         for number, feed in enumerate(self.feeds):
-            feed.push(self.unpack(window[number] if number < len(window) else pack([], self.shape)))
+            batch = window[number] if number < len(window) else pack([], self.shape)
+            self.rows[number] = batch.rows
+            feed.push(self.unpack(batch))
         (self.replay or self.compute)()
-        outcome = Outcome(self.outcome)
+        outcome = Outcome(self.outcome, clock)
         if not self.in_graph:
             for group in self.optimiser.param_groups:
                 group["lr"] = rate
@@ -124,21 +128,41 @@ class Step:
         return outcome
 
 
+class Clock:
+    """Seconds of device time from its making to `stop`; reading them waits for the device."""
+
+    def __init__(self, device: torch.device):
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in "ab"] if device.type == "cuda" else None
+        self.times = [time.perf_counter()]
+        if self.events:
+            self.events[0].record()
+
+    def stop(self) -> None:
+        self.times.append(time.perf_counter())
+        if self.events:
+            self.events[1].record()
+
+    @property
+    def seconds(self) -> float:
+        if not self.events:
+            return self.times[1] - self.times[0]
+        self.events[1].synchronize()
+        return self.events[0].elapsed_time(self.events[1]) / 1000
+
+
 class Outcome:
-    """What a step gave: loss (nats a supervised token) and norm of the gradient (before clipping). Reading waits."""
+    """What a step gave. Reading it waits for the step."""
 
-    def __init__(self, outcome: Tensor):
-        pinned = outcome.is_cuda
-        self.host = torch.empty(2, pin_memory=pinned)
-        self.host.copy_(outcome, non_blocking=pinned)
-        self.arrived = torch.cuda.Event() if pinned else None
-        if self.arrived:
-            self.arrived.record()
+    def __init__(self, outcome: Tensor, clock: Clock):
+        self.host = torch.empty(2, pin_memory=outcome.is_cuda)
+        self.host.copy_(outcome, non_blocking=outcome.is_cuda)
+        self.clock = clock
+        clock.stop()
 
-    def read(self) -> tuple[float, float]:
-        if self.arrived:
-            self.arrived.synchronize()
-        return tuple(self.host.tolist())
+    def read(self) -> tuple[float, float, float]:
+        """Loss (nats a supervised token), norm of the gradient (before clipping), seconds of the step"""
+        seconds = self.clock.seconds
+        return *self.host.tolist(), seconds
 
     @property
     def finite(self) -> bool:

@@ -37,6 +37,7 @@ class Plan:
     optimiser: str = "adamw"
     head8: bool = False
 
+
 def parse_bytes(text: str) -> int:
     """`6GiB`, `6144MiB`, `6e9` -> bytes. Raises ValueError."""
     match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(GiB|MiB|GB|MB|)", text.strip())

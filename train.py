@@ -282,11 +282,10 @@ def main() -> None:
 
     def report(number: int, rate: float, real_tokens: int, outcome) -> None:
         """Read what a step gave (waiting for it), and write it down"""
-        nonlocal read_at, bad_steps
-        loss_value, norm = outcome.read()
-        now = time.perf_counter()
-        speed, read_at = real_tokens / (now - read_at), now
-        progress.update(step=number, seconds=now - began, tokens=progress["tokens"] + real_tokens)
+        nonlocal bad_steps
+        loss_value, norm, seconds = outcome.read()
+        speed = real_tokens / seconds
+        progress.update(step=number, seconds=time.perf_counter() - began, tokens=progress["tokens"] + real_tokens)
         finite = math.isfinite(loss_value) and math.isfinite(norm)
         bad_steps = 0 if finite else bad_steps + 1
         if not finite:  # the step has left the weights as they were
@@ -306,7 +305,7 @@ def main() -> None:
 
     # ---- loop: a step is queued before the one ahead of it is read, so that the GPU never waits --------------------
     bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
-    began, read_at = time.perf_counter() - progress["seconds"], time.perf_counter()
+    began = time.perf_counter() - progress["seconds"]
     dollars, bad_steps, saved_at, queued = "", 0, step if args.resume else None, None
     while True:
         share = (step + 0.5) / total_steps  # of the run; the middle of the step, so that no rate is 0

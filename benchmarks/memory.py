@@ -34,7 +34,7 @@ def main() -> None:
         asked = argparse.Namespace(**vars(args), warmup=3, rank=None, alpha=None, targets=None, memory_budget=budget)
         settings = settings_of(asked, model) | {"impl": "ours", "checkpointing": "none"}
         row = measure_alone(settings, args.time_limit)
-        results.append({"budget": budget} | row)
+        results.append({"batch": args.batch, "budget": budget} | row)
         if "failed" in row:
             rows.append([budget, row["failed"], "-", "-", "-"])
             continue

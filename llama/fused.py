@@ -115,9 +115,7 @@ class SwiGLU(torch.autograd.Function):
         (gate_up,) = ctx.saved_tensors
         rows, size = grad.shape
         grad_gate_up = torch.empty_like(gate_up)
-        swiglu_backward[(rows, triton.cdiv(size, 1024))](
-            gate_up, grad.contiguous(), grad_gate_up, size, BLOCK=1024
-        )
+        swiglu_backward[(rows, triton.cdiv(size, 1024))](gate_up, grad.contiguous(), grad_gate_up, size, BLOCK=1024)
         return grad_gate_up
 
 

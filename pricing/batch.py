@@ -45,6 +45,7 @@ class Batch:
     slots: np.ndarray  # (N,) sequence * T + position
     at: np.ndarray  # (M,) index of the token before each answer token
     targets: np.ndarray  # (M,) the answer tokens
+    rows: int  # sequences that are not empty, filler included
     examples: list[Example]  # what it was packed from
     real_tokens: int  # read, filler not counted
     supervised: int  # answer tokens, at most M
@@ -85,7 +86,8 @@ def pack(examples: list[Example], shape: Shape) -> Batch:
         )
         targets[:supervised] = np.concatenate([e.answer for e in examples])
     slots = np.repeat(np.arange(len(lengths)), lengths) * shape.longest + positions
-    return Batch(tokens, positions, edges, slots, at, targets, examples, shape.tokens - missing, supervised)
+    rows, real_tokens = len(lengths), shape.tokens - missing
+    return Batch(tokens, positions, edges, slots, at, targets, rows, examples, real_tokens, supervised)
 
 
 def plan(examples: list[Example], shape: Shape, seed: int, epoch: int) -> list[list[int]]:

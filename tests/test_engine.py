@@ -51,7 +51,7 @@ def shape_for(tokens, items):
 
 
 def run(step, windows, rate=1e-2):
-    return [step(window, rate).read() for window in windows]
+    return [step(window, rate).read()[:2] for window in windows]  # loss and norm
 
 
 def test_accumulating_equals_the_large_batch(tiny):

@@ -13,6 +13,7 @@ from lora.adapter import load_adapter, save_adapter
 from lora.checkpoint import load_state, save_state, write_directory
 from lora.inject import inject, lora_layers
 from lora.optim import FlatFactors, make_optimiser
+from quant.fast import group_linears
 
 TOKENS, LAYOUT = torch.arange(5, 35), Layout.packed([30])
 
@@ -73,7 +74,8 @@ def test_adapter_loads_in_peft_with_equal_logits(tiny, tmp_path, targets, rslora
     torch.testing.assert_close(logits, peft(TOKENS[None]).logits[0], rtol=1e-5, atol=5e-5)
 
 
-def test_adapter_of_peft_loads_here_with_equal_logits_and_gradients(tiny, tmp_path):
+@pytest.mark.parametrize("fast", [False, True])
+def test_adapter_of_peft_loads_here_with_equal_logits_and_gradients(tiny, tmp_path, fast):
     from peft import LoraConfig, get_peft_model
 
     hf, directory = tiny
@@ -87,6 +89,8 @@ def test_adapter_of_peft_loads_here_with_equal_logits_and_gradients(tiny, tmp_pa
     peft.save_pretrained(tmp_path / "adapter")
     model = our_model(directory)
     load_adapter(model, tmp_path / "adapter")
+    if fast:
+        group_linears(model)
     ours, theirs = model(TOKENS, LAYOUT), peft(TOKENS[None]).logits[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-5)
     cross_entropy(ours[:-1], TOKENS[1:]).backward()
