@@ -100,8 +100,8 @@ class Estimate:
         return fixed + inputs + max(self.logits, again + self.passing) + whole * self.block_saved + WORKSPACE
 
 
-def choose(estimate: Estimate, budget: int, optimiser: str = "adamw") -> tuple[Plan, list[str]]:
-    """The fastest plan that fits `budget` bytes, and the reasons, a line each.
+def choose(estimate: Estimate, budget: int, optimiser: str = "adamw", gpu: bool = True) -> tuple[Plan, list[str]]:
+    """The fastest plan that fits `budget` bytes, and the reasons, a line each. Without a GPU nothing can be moved away.
 
     Raises ValueError that names the floor where nothing fits.
     """
@@ -122,9 +122,10 @@ def choose(estimate: Estimate, budget: int, optimiser: str = "adamw") -> tuple[P
                 keep = estimate.layers  # then no scratch is needed
             plan = replace(plan, keep=keep)
             if keep:
-                reasons.append(f"{keep} of {estimate.layers} blocks keep their dequantised weights: there is room")
+                blocks, size = f"{keep} of {estimate.layers} blocks", gib(keep * estimate.kept_block)
+                reasons.append(f"{blocks} keep their dequantised weights ({size}): there is room")
         return plan, reasons
-    if not estimate.tied:
+    if gpu and not estimate.tied:
         plan = replace(plan, host_embed=True)
         reasons.append("the embedding lies in the host's memory")
     for blocks in range(1, estimate.layers + 1):
@@ -133,7 +134,7 @@ def choose(estimate: Estimate, budget: int, optimiser: str = "adamw") -> tuple[P
         plan = replace(plan, recompute=blocks)
     if plan.recompute:
         reasons.append(f"{plan.recompute} of {estimate.layers} blocks are recomputed in backward")
-    levers = [("offload", True, "the inputs of recomputed blocks wait in the host's memory")]
+    levers = [("offload", True, "the inputs of recomputed blocks wait in the host's memory")] if gpu else []
     if optimiser == "adamw":
         levers.append(("optimiser", "adamw8bit", "AdamW keeps its state in 8 bits"))
     if not estimate.tied:
@@ -145,8 +146,9 @@ def choose(estimate: Estimate, budget: int, optimiser: str = "adamw") -> tuple[P
         reasons.append(what)
     if not fits():
         raise ValueError(
-            f"--memory-budget {gib(budget)} is below the floor of {gib(estimate.total(plan))} for this model and "
-            "--batch-tokens; lower --batch-tokens (with --accumulate), --rank or --targets, or take a smaller model"
+            f"a memory budget of {gib(budget)} is below the floor of {gib(estimate.total(plan))} for this model and "
+            "--batch-tokens; give more (--memory-budget), lower --batch-tokens (with --accumulate), --rank or --targets, "
+            "or take a smaller model"
         )
     reasons.insert(0, f"{gib(plain)} would be needed to keep everything, {gib(budget)} may be used")
     return plan, reasons

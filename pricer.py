@@ -5,6 +5,7 @@ do not know each other; here a directory becomes a quantised model, and a model 
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -127,15 +128,19 @@ def load_base(config, tokenizer, directory, device, dtype, options, plan: Plan =
 def speed_up(model: Llama, plan: Plan = Plan(), shape: Shape | None = None) -> list[Group]:
     """The fast path, in place of the readable one: grouped linears, and on a GPU fused elementwise pieces; the plan's
     kept weights and recomputation. `shape` is that of training batches."""
+    if plan.recompute:
+        size = (shape.tokens, model.config.hidden_size)
+        model.run_block = Recompute(model, plan.recompute, plan.offload, size, model.device)
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if model.device.type == "cuda" and triton is not None and not compiler:
+        print("no C compiler (gcc or clang), which Triton needs: the slower readable path runs", file=sys.stderr)
+        return []
     groups = group_linears(model)
     per_block = len(groups) // len(model.layers)
     for group in groups[: plan.keep * per_block]:
         group.keep(model.compute_dtype)
     if model.device.type == "cuda" and triton is not None:
         model.fuse_pieces()
-    if plan.recompute:
-        size = (shape.tokens, model.config.hidden_size)
-        model.run_block = Recompute(model, plan.recompute, plan.offload, size, model.device)
     return groups
 
 

@@ -199,7 +199,7 @@ def main() -> None:
             blocksize=args.blocksize, double_quant=args.double_quant,
         )  # fmt: skip
         budget = parse_bytes(args.memory_budget) if args.memory_budget else free_memory(device)
-        trades, reasons = choose(estimate, budget, args.optimiser)
+        trades, reasons = choose(estimate, budget, args.optimiser, gpu=device.type == "cuda")
     model = load_base(config, tokenizer, directory, device, dtype, args, trades)
     if args.resume:
         load_adapter(model, out)

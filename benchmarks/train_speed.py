@@ -64,7 +64,8 @@ def ours(args: argparse.Namespace, sequences: list[list[list[int]]], readable: b
     plan, targets = Plan(), ",".join(args.targets)
     if not readable:
         estimate = Estimate(config, shape, bits=args.bits, dtype=dtype, rank=args.rank, targets=targets)
-        plan, _ = choose(estimate, parse_bytes(args.memory_budget) if args.memory_budget else free_memory(device))
+        budget = parse_bytes(args.memory_budget) if args.memory_budget else free_memory(device)
+        plan, _ = choose(estimate, budget, gpu=device.type == "cuda")
     options = argparse.Namespace(bits=args.bits, blocksize=64, double_quant=True)
     model = load_base(config, tokenizer, directory, device, dtype, options, plan)
     inject(model, rank=args.rank, alpha=args.alpha, targets=targets)

@@ -61,7 +61,7 @@ if triton is not None:
 class Packed:
     """The NF4 weights of linears one below the other, as one: their bytes are joined, and each linear keeps a view.
 
-    Needs whole blocks of 256 absmax in every linear: `fits` says so (true of every shape from 16,384 * blocksize up).
+    Needs NF4 on a GPU, and in every linear whole blocks of 256 absmax, each of `blocksize` weights: `fits` tells.
     """
 
     @staticmethod
@@ -246,6 +246,8 @@ class HostEmbedding(nn.Module):
 
     def __init__(self, weight: Tensor):
         super().__init__()
+        if triton is None:
+            raise ValueError("an embedding in the host's memory needs Triton: install it, or raise --memory-budget")
         self.weight = nn.Parameter(weight.pin_memory(), requires_grad=False)
 
     def _apply(self, fn, recurse=True):

@@ -39,7 +39,7 @@ def test_less_memory_pulls_one_lever_after_the_other():
 
 
 def test_below_the_floor_is_refused_and_the_floor_named():
-    with pytest.raises(ValueError, match=r"budget 3.00 GiB is below the floor of 5\.\d\d GiB .* lower --batch-tokens"):
+    with pytest.raises(ValueError, match=r"budget of 3.00 GiB is below the floor of 5\.\d\d GiB .* lower --batch"):
         choose(estimate(), 3 * GIB)
 
 
@@ -52,6 +52,11 @@ def test_a_tied_head_is_neither_moved_nor_rounded():
     floor = estimate("3b").total(Plan(recompute=28, offload=True, optimiser="adamw8bit"))
     plan, _ = choose(estimate("3b"), int(floor) + 1)
     assert not plan.host_embed and not plan.head8
+
+
+def test_without_a_gpu_nothing_is_moved_to_the_host():
+    plan, _ = choose(estimate(), int(8 * GIB), gpu=False)
+    assert plan.recompute and not plan.host_embed and not plan.offload
 
 
 def test_free_memory_is_part_of_the_machine():
