@@ -147,8 +147,8 @@ def choose(estimate: Estimate, budget: int, optimiser: str = "adamw", gpu: bool 
     if not fits():
         raise ValueError(
             f"a memory budget of {gib(budget)} is below the floor of {gib(estimate.total(plan))} for this model and "
-            "--batch-tokens; give more (--memory-budget), lower --batch-tokens (with --accumulate), --rank or --targets, "
-            "or take a smaller model"
+            "--batch-tokens; give more (--memory-budget), lower --batch-tokens (with --accumulate), --rank or "
+            "--targets, or take a smaller model"
         )
     reasons.insert(0, f"{gib(plain)} would be needed to keep everything, {gib(budget)} may be used")
     return plan, reasons

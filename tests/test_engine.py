@@ -9,7 +9,7 @@ from engine import Step
 from lora.inject import inject, lora_layers
 from lora.optim import FlatFactors, make_optimiser
 from memory import Plan, Recompute
-from pricer import speed_up
+from pricer import speed_up, tree_functions
 from pricing.batch import Shape, pack
 from pricing.prompt import Example
 
@@ -144,3 +144,25 @@ def test_out_of_memory_names_the_flags_that_avoid_it(capsys, monkeypatch):
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1
     assert "--batch-tokens" in error and "--memory-budget" in error and "Tried to allocate" in error
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e3])
+def test_the_gradient_is_clipped_by_its_norm(tiny, clip):
+    shape = shape_for(128, 6)
+    step, parameter = make_step(tiny[1], shape, optimiser="sgd")
+    step.clip = clip
+    before = parameter.detach().clone()
+    (_, norm), *_ = run(step, [[pack(examples(5), shape)]], rate=1.0)
+    moved = (parameter - before).norm()  # the first step of SGD at rate 1 is the gradient itself
+    torch.testing.assert_close(moved.item(), min(norm, clip), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [0, 1, 4, 5])
+def test_what_all_prompts_begin_with_is_read_once(tiny, shared):
+    model, every = our_model(tiny[1]), torch.arange(300)
+    prompts = [[7] * shared + [10 + i, 3, i] for i in range(6)]
+    prefill, _ = tree_functions(model, prompts)
+    log_probs, top, cache = prefill(prompts, every)
+    expected, expected_top, _ = model.prefill(prompts, every)
+    torch.testing.assert_close(log_probs, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(top, expected_top) and cache.layout.columns == 3

@@ -33,6 +33,7 @@ def test_less_memory_pulls_one_lever_after_the_other():
     assert levers[0].keep == 32 and 0 < levers[1].keep < 32
     assert levers[2].keep == 0 and levers[2].host_embed and not levers[2].offload
     assert 0 < levers[3].recompute < 32 and not levers[3].head8
+    assert "32 of 32 blocks are recomputed" in " ".join(reasons) and "lm_head is stored in 8 bits" in reasons
     assert levers[-1].head8 and levers[-1].optimiser == "adamw8bit" and levers[-1].recompute == 32
     recompute = [plan.recompute for plan in levers]
     assert recompute == sorted(recompute)

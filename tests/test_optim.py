@@ -54,6 +54,7 @@ def test_pieces_carry_gradients_to_the_flat_vector(tiny):
     backward(fast)
     torch.testing.assert_close(factors.parameter.grad, expected.parameter.grad, rtol=1e-4, atol=1e-5)
     factors.gather(groups)
+    assert all(group.factors is None for group in groups)
     with torch.no_grad():  # between steps the groups follow the live factors
         before = fast(TOKENS, Layout.packed([30]))
         factors.parameter += 0.05
