@@ -1,6 +1,8 @@
 """Price the held-out items of a run, honestly: how far off, in dollars, beside guesses that need no language model.
 
     python evaluate.py --ckpt out/
+    python evaluate.py --ckpt out/ --baselines                     a random forest and others beside it
+    python evaluate.py --compare a/report b/report                 which of two runs is better, and how surely
 
 The items are the run's own test split, never trained on. Writes out/report/ (report.html is the page to open).
 """
@@ -26,14 +28,15 @@ from pricer import (
     run_main,
     tree_functions,
 )
-from pricing.baselines import BASELINES
+from pricing.baselines import run_baselines
 from pricing.catalogue import least_error
 from pricing.console import show_guess, table
-from pricing.decode import PICKS, PriceTree, greedy_prices, pick, quantile
+from pricing.decode import PICKS, PriceTree, greedy_prices, pick
+from pricing.intervals import SHARE, central_range
 from pricing.items import sample
-from pricing.metrics import colour, score
+from pricing.metrics import colour, paired_difference, score
 from pricing.prompt import encode_prompt
-from pricing.report import comparison_rows, write_report
+from pricing.report import compare_reports, comparison_table, write_report
 from pricing.sources import load_items
 
 
@@ -52,6 +55,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--untuned", action=argparse.BooleanOptionalAction, default=True, help="price with the untuned model too"
+    )
+    parser.add_argument(
+        "--baselines", action="store_true", help="all baselines, not only the quick ones; computed once and kept"
+    )
+    parser.add_argument(
+        "--compare", nargs=2, metavar="REPORT", help="only compare two report directories, item by item"
     )
     parser.add_argument("--quiet", action="store_true", help="no line for each item")
     add_batch_argument(parser)
@@ -82,6 +91,8 @@ def guess_prices(model, tree, prompts, args, on_guess=None) -> tuple[np.ndarray,
 
 def main() -> None:
     args = parse_arguments()
+    if args.compare:
+        return print(compare_reports(*args.compare))
     run = read_run(args.ckpt)
     options = run["options"]
     device = pick_device(args.device)
@@ -102,9 +113,6 @@ def main() -> None:
     prompts = [encode_prompt(item.text, tokenizer, options["max_tokens"], run["prompt"]) for item in test]
     constant, fallback = float(np.mean([i.price for i in train])), float(np.median([i.price for i in train]))
 
-    def report_on(guess: np.ndarray, failures: int = 0) -> dict:
-        return score(truth, guess, constant, categories, failures)
-
     # ---- fine-tuned ------------------------------------------------------------------------------------------------
     bar = tqdm(total=len(test), unit="item", dynamic_ncols=True)
 
@@ -121,23 +129,28 @@ def main() -> None:
     bar.close()
     # A greedy text that is no price says nothing: it is priced like an unknown product, and counted.
     guess = np.where(np.isnan(guess), fallback, guess)
-    low, high = quantile(p, 0.1), quantile(p, 0.9)
-    metrics = report_on(guess, failures) | {"seconds": round(seconds, 2), "decode": args.decode}
-    metrics["inside_80"] = float(((truth >= low - 0.5) & (truth <= high + 0.5)).mean())
+    interval = central_range(p, SHARE)
+    metrics = score(truth, guess, constant, categories, failures, interval)
+    metrics |= {"seconds": round(seconds, 2), "decode": args.decode, "share": SHARE}
     comparison = {"fine-tuned": metrics}
+
+    def add(name: str, other: np.ndarray, seconds: float, failures: int = 0) -> None:
+        above = paired_difference(np.abs(truth - other), np.abs(truth - guess))
+        comparison[name] = score(truth, other, constant, categories, failures) | {"seconds": seconds, "above": above}
 
     # ---- the same model without its adapter, and predictors that read no language ----------------------------------
     if args.untuned:
         for layer in lora_layers(model).values():
             layer.lora_B.data.zero_()  # B = 0 is the base model, bit for bit
+        started = time.perf_counter()
         with tqdm(total=len(test), unit="item", desc="untuned model") as bar:
             plain, _, failed = guess_prices(model, tree, prompts, args, lambda indices, _: bar.update(len(indices)))
-        comparison["untuned model"] = report_on(np.where(np.isnan(plain), fallback, plain), failed)
-    for name, predict in BASELINES.items():
-        comparison[name] = report_on(predict(train, test))
-    metrics["comparison"] = {
-        name: {k: m[k] for k in ("mae", "median_error", "rmsle", "hits", "ratio")} for name, m in comparison.items()
-    }
+        plain = np.where(np.isnan(plain), fallback, plain)
+        add("untuned model", plain, round(time.perf_counter() - started, 2), failed)
+    for name, result in run_baselines(train, test, args.baselines, device).items():
+        add(name, result["guess"], result["seconds"])
+    kept = ("mae", "mae_ci95", "median_error", "rmsle", "hits", "ratio", "seconds", "above")
+    metrics["comparison"] = {name: {k: m[k] for k in kept if k in m} for name, m in comparison.items()}
     if all(item.fair_price is not None for item in test):
         metrics["least_mae"] = float(np.mean([least_error(item.fair_price) for item in test]))
 
@@ -149,15 +162,13 @@ def main() -> None:
     )
     out = Path(args.ckpt) / "report"
     with write_directory(out) as part:
-        write_report(part, metrics, test, guess, (low, high), comparison, about)
-    print(
-        table(["predictor", "mean error", "median error", "RMSLE", "hits", "/ constant"], comparison_rows(comparison))
-    )
+        write_report(part, metrics, test, guess, interval, comparison, about)
+    print(table(*comparison_table(comparison)))
     lowest, highest = metrics["mae_ci95"]
     print(
         f"\n{len(test):,} held-out items in {seconds:.1f} s: off by ${metrics['mae']:.2f} on average "
         f"(95 % interval ${lowest:.2f} to ${highest:.2f}), {metrics['ratio']:.0%} of the constant's "
-        f"${metrics['constant_mae']:.2f}; {metrics['inside_80']:.0%} inside the 80 % range"
+        f"${metrics['constant_mae']:.2f}; {metrics['coverage']:.1%} inside the {SHARE:.0%} range"
     )
     if "least_mae" in metrics:
         print(f"the least reachable error on these items is ${metrics['least_mae']:.2f}: the catalogue's own noise")

@@ -22,10 +22,27 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0) -> list[float]:
     return [float(m) for m in np.percentile(means, [2.5, 97.5])]
 
 
-def error_by(keys: list, errors: np.ndarray) -> dict:
-    """{key: {"n": items, "mae": dollars}}"""
-    keys = np.array(keys, dtype=object)
-    return {str(k): {"n": int((keys == k).sum()), "mae": float(errors[keys == k].mean())} for k in dict.fromkeys(keys)}
+def paired_difference(errors_a: np.ndarray, errors_b: np.ndarray, seed: int = 0) -> dict:
+    """Mean error of a less that of b on the same items, in dollars, with its 95 % interval: below 0, a is better.
+
+    The items are resampled, each with both of its errors: what makes an item hard for both cancels out, so the interval
+    is narrower than two separate ones suggest. Raises ValueError where the errors are not of the same items.
+    """
+    if len(errors_a) == 0 or len(errors_a) != len(errors_b):
+        raise ValueError(f"cannot compare the errors of {len(errors_a)} items with those of {len(errors_b)}")
+    difference = np.asarray(errors_a, dtype=float) - np.asarray(errors_b, dtype=float)
+    return {"difference": float(difference.mean()), "ci95": bootstrap_interval(difference, seed)}
+
+
+def mean_by(keys: list[str], columns: dict[str, np.ndarray]) -> dict:
+    """{key: {"n": items, column: its mean over them}}"""
+    rows: dict[str, list[int]] = {}
+    for number, key in enumerate(keys):
+        rows.setdefault(key, []).append(number)
+    return {
+        key: {"n": len(at), **{name: float(values[at].mean()) for name, values in columns.items()}}
+        for key, at in rows.items()
+    }
 
 
 def band_of(price: float) -> str:
@@ -36,14 +53,19 @@ def band_of(price: float) -> str:
 
 
 def score(
-    truth: np.ndarray, guess: np.ndarray, constant: float, categories: list[str], parse_failures: int = 0
+    truth: np.ndarray,
+    guess: np.ndarray,
+    constant: float,
+    categories: list[str],
+    parse_failures: int = 0,
+    interval: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> dict:
     """Every metric of the report. Prices in dollars; `constant` is the guess that knows nothing, the mean training
-    price.
+    price; `interval` is (low, high) of each item.
 
-    mae = mean |truth - guess|; rmsle = sqrt(mean((ln(1 + truth) - ln(1 + guess))^2)); r2 = 1 - squared error /
-    variance; hits = share of green; ratio = mae / constant_mae. Raises ValueError for no items or a guess that is no
-    number.
+    mae = mean |truth - guess|; bias = mean(guess - truth); rmsle = sqrt(mean((ln(1 + truth) - ln(1 + guess))^2));
+    r2 = 1 - squared error / variance; hits = share of green; ratio = mae / constant_mae; coverage = share of the items
+    with low <= truth <= high; width = mean(high - low). Raises ValueError for no items or a guess that is no number.
     """
     if len(truth) == 0 or len(truth) != len(guess):
         raise ValueError(f"cannot score {len(guess)} guesses of {len(truth)} items")
@@ -53,13 +75,17 @@ def score(
     colours = [colour(t, g) for t, g in zip(truth, guess, strict=True)]
     constant_mae = float(np.abs(truth - constant).mean())
     spread = float(((truth - truth.mean()) ** 2).sum())
-    band_order = sorted({band_of(t) for t in truth}, key=lambda band: int(band[1:].split("-")[0]))
-    by_band = error_by([band_of(t) for t in truth], errors)
+    columns = {"mae": errors, "bias": guess - truth}
+    if interval is not None:
+        low, high = interval
+        columns |= {"coverage": (low <= truth) & (truth <= high), "width": high - low}
+    bands = mean_by([band_of(t) for t in truth], columns)
     return {
         "n": len(truth),
         "mae": float(errors.mean()),
         "mae_ci95": bootstrap_interval(errors),
         "median_error": float(np.median(errors)),
+        **{name: float(values.mean()) for name, values in columns.items() if name != "mae"},
         "rmsle": float(np.sqrt(np.mean((np.log1p(truth) - np.log1p(np.maximum(guess, 0))) ** 2))),
         "r2": 1 - float(((truth - guess) ** 2).sum()) / spread if spread else 0.0,
         "hits": colours.count("green") / len(colours),
@@ -67,6 +93,6 @@ def score(
         "parse_failures": parse_failures,
         "constant_mae": constant_mae,
         "ratio": float(errors.mean()) / constant_mae if constant_mae else 0.0,
-        "bands": {band: by_band[band] for band in band_order},
-        "categories": dict(sorted(error_by([c or "(none)" for c in categories], errors).items())),
+        "bands": dict(sorted(bands.items(), key=lambda pair: int(pair[0][1:].split("-")[0]))),
+        "categories": dict(sorted(mean_by([c or "(none)" for c in categories], columns).items())),
     }

@@ -1,5 +1,5 @@
 """The report directory: metrics.json, predictions.csv, scatter.png, comparison.png, report.html (needs no other
-file)."""
+file). And what two such directories say together: `evaluate.py --compare a/report b/report`."""
 
 import base64
 import csv
@@ -10,51 +10,112 @@ from pathlib import Path
 import numpy as np
 
 from pricing.items import Item
-from pricing.metrics import colour
+from pricing.metrics import colour, paired_difference
 
+COLUMNS = ["id", "title", "truth", "guess", "low", "high", "error", "colour"]
 PAINT = {"green": "#2a9d4a", "yellow": "#d9a400", "red": "#c8332b"}
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:960px;margin:2em auto;padding:0 1em;color:#222}
-h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}img{max-width:100%}
-table{border-collapse:collapse;margin:.5em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;
-text-align:right;vertical-align:top}
-td:first-child,th:first-child{text-align:left}.big{font-size:2.2em;font-weight:600}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1040px;margin:2em auto;padding:0 1em;color:#222}
+h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2.2em}img{max-width:100%}
+table{border-collapse:collapse;margin:.5em 0;font-variant-numeric:tabular-nums}
+td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right;vertical-align:top;white-space:nowrap}
+td:first-child,th:first-child{text-align:left}th{font-weight:600;color:#555;font-size:.9em}
+.big{font-size:2.2em;font-weight:600}.scroll{overflow-x:auto}.ours td{font-weight:600;background:#eef4fb}
 .bar{height:14px;display:inline-block}.green{background:#2a9d4a}.yellow{background:#d9a400}.red{background:#c8332b}
-.note{color:#666}td.text{text-align:left;font-size:.85em;color:#444;max-width:34em}"""
+.dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.5em}
+.note{color:#666}.items{width:100%}
+.items td:first-child{font-size:.85em;color:#444;white-space:normal;overflow-wrap:anywhere}"""
 
 
 def write_predictions(path: Path, items: list[Item], guess: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-    """One line an item; all prices in dollars, `low` and `high` bound the middle 80 % of the distribution."""
+    """One line an item; all prices in dollars, `low` and `high` are the ends of the range."""
     with open(path, "w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
-        writer.writerow(["id", "title", "truth", "guess", "low", "high", "error", "colour"])
+        writer.writerow(COLUMNS)
         for item, g, lo, hi in zip(items, guess, low, high, strict=True):
-            error = f"{abs(item.price - g):.2f}"
-            writer.writerow(
-                [
-                    item.id,
-                    item.title,
-                    f"{item.price:.2f}",
-                    f"{g:.2f}",
-                    f"{lo:.0f}",
-                    f"{hi:.0f}",
-                    error,
-                    colour(item.price, g),
-                ]
-            )
+            prices = [f"{price:.2f}" for price in (item.price, g, lo, hi, abs(item.price - g))]
+            writer.writerow([item.id, item.title, *prices, colour(item.price, g)])
 
 
-def draw_scatter(path: Path, truth: np.ndarray, guess: np.ndarray, title: str) -> None:
-    """Guess against truth, coloured, with the diagonal where they are equal."""
+def read_predictions(report: str | Path) -> dict[tuple, list[float]]:
+    """{(id, title, truth): errors in dollars}, several where items repeat. Raises ValueError for what is no report."""
+    path = Path(report) / "predictions.csv"
+    if not path.is_file():
+        raise ValueError(f"{report} is no report of evaluate.py: it has no predictions.csv")
+    errors: dict[tuple, list[float]] = {}
+    with open(path, newline="", encoding="utf-8") as handle:
+        try:
+            for row in csv.DictReader(handle):
+                errors.setdefault((row["id"], row["title"], row["truth"]), []).append(float(row["error"]))
+        except (KeyError, ValueError, TypeError, csv.Error) as problem:
+            raise ValueError(f"{path} is damaged or of another version: {problem!r}") from None
+    if not errors:
+        raise ValueError(f"{path} holds no item")
+    return errors
+
+
+def compare_reports(a: str | Path, b: str | Path, seed: int = 0) -> str:
+    """The paired difference of two reports in words. Raises ValueError where they are not of the same items."""
+    of_a, of_b = read_predictions(a), read_predictions(b)
+    if {key: len(e) for key, e in of_a.items()} != {key: len(e) for key, e in of_b.items()}:
+        raise ValueError(
+            f"{a} and {b} priced different items ({len(of_a.keys() - of_b.keys()):,} are only in the first, "
+            f"{len(of_b.keys() - of_a.keys()):,} only in the second): only errors of the same items can be compared"
+        )
+    errors_a, errors_b = (np.array([error for key in of_a for error in of[key]]) for of in (of_a, of_b))
+    paired = paired_difference(errors_a, errors_b, seed)
+    low, high = paired["ci95"]
+    better = a if high < 0 else b if low > 0 else None
+    verdict = f"{better} is better" if better else "no difference that these items can show"
+    return (
+        f"{a}  off by ${errors_a.mean():.2f} on average\n{b}  off by ${errors_b.mean():.2f} on average\n"
+        f"first less second, over the same {len(errors_a):,} items: {signed(paired['difference'])} "
+        f"(95 % interval {signed(low)} to {signed(high)}): {verdict}"
+    )
+
+
+def signed(dollars: float) -> str:
+    """+$3.20 or -$0.50"""
+    return f"{'-' if dollars < 0 else '+'}${abs(dollars):.2f}"
+
+
+def comparison_table(comparison: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) for the terminal and the page, the least error first. What has `above`, the paired difference
+    to the first entry of `comparison`, shows it."""
+    header = ["predictor", "mean error", "median error", "RMSLE", "hits", "/ constant", "seconds"]
+    header += [f"above {next(iter(comparison))} (95%)"]
+    rows = []
+    for name, m in sorted(comparison.items(), key=lambda pair: pair[1]["mae"]):
+        cells = [name, f"${m['mae']:.2f}", f"${m['median_error']:.2f}", f"{m['rmsle']:.3f}", f"{m['hits']:.1%}"]
+        cells += [f"{m['ratio']:.3f}", f"{m['seconds']:.1f}"]
+        if "above" in m:
+            cells += ["{} ({:+.2f} to {:+.2f})".format(signed(m["above"]["difference"]), *m["above"]["ci95"])]
+        rows.append(cells if "above" in m else cells + [""])
+    return header, rows
+
+
+def figure_and_axes(width: float, height: float):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 6.4), dpi=110)
+    return plt.subplots(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def save(figure, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_scatter(path: Path, truth: np.ndarray, guess: np.ndarray, title: str) -> None:
+    """Guess against truth, coloured, with the diagonal where they are equal."""
+    figure, axes = figure_and_axes(7, 6.4)
     top = max(float(truth.max()), float(guess.max())) * 1.05
     axes.plot([0, top], [0, top], color="#888", linewidth=1, zorder=1)
     colours = [colour(t, g) for t, g in zip(truth, guess, strict=True)]
-    for name, words in (("green", "off by < $40 or 20 %"), ("yellow", "< $80 or 40 %"), ("red", "more")):
+    for name, words in (("green", "off by < $40 or 20%"), ("yellow", "< $80 or 40%"), ("red", "more")):
         chosen = np.array([c == name for c in colours])
         label = f"{words}: {chosen.mean():.0%}"
         axes.scatter(
@@ -63,84 +124,105 @@ def draw_scatter(path: Path, truth: np.ndarray, guess: np.ndarray, title: str) -
     axes.set(xlabel="true price, dollars", ylabel="guess, dollars", title=title, xlim=(0, top), ylim=(0, top))
     axes.legend(loc="upper left", frameon=False)
     axes.grid(alpha=0.2)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    save(figure, path)
 
 
-def draw_comparison(path: Path, maes: dict[str, float]) -> None:
-    """Mean absolute error of each predictor, best on top. The fine-tuned model is the first entry of `maes`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    ours = next(iter(maes))
-    ranked = sorted(maes.items(), key=lambda pair: -pair[1])
-    figure, axes = plt.subplots(figsize=(7, 0.5 * len(ranked) + 1.3), dpi=110)
-    names, values = zip(*ranked, strict=True)
+def draw_comparison(path: Path, comparison: dict[str, dict]) -> None:
+    """Mean absolute error of each predictor with its 95 % interval, best on top; the first entry is the model's."""
+    ours = next(iter(comparison))
+    ranked = sorted(comparison.items(), key=lambda pair: -pair[1]["mae"])
+    figure, axes = figure_and_axes(7.6, 0.42 * len(ranked) + 0.9)
+    names, values = [name for name, _ in ranked], np.array([m["mae"] for _, m in ranked])
+    ends = np.array([m["mae_ci95"] for _, m in ranked]).T  # (2, predictors)
     bars = axes.barh(names, values, color=["#2b6cb0" if name == ours else "#b8c4d0" for name in names])
-    axes.bar_label(bars, labels=[f" ${value:.2f}" for value in values])
-    axes.set(xlabel="mean absolute error, dollars", xlim=(0, max(values) * 1.15))
+    axes.errorbar(values, names, xerr=np.abs(ends - values), fmt="none", ecolor="#444", elinewidth=1, capsize=2)
+    for bar, value, end in zip(bars, values, ends[1], strict=True):
+        axes.annotate(f"${value:.2f}", (end, bar.get_y() + bar.get_height() / 2), (5, 0), va="center",
+                      textcoords="offset points")  # fmt: skip
+    axes.set(xlabel="mean absolute error, dollars, with its 95% interval", xlim=(0, ends.max() * 1.15))
     axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    save(figure, path)
 
 
-def html_table(header: list[str], rows: list[list[str]]) -> str:
+def html_table(header: list[str], rows: list[list[str]], strong: str = "") -> str:
+    """`strong` is the first cell of the row to stand out."""
     cells = "".join(f"<th>{html.escape(c)}</th>" for c in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><tr>{cells}</tr>{body}</table>"
+    body = ""
+    for row in rows:
+        mark = " class=ours" if row[0] == strong else ""
+        body += f"<tr{mark}>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>"
+    return f"<div class=scroll><table><tr>{cells}</tr>{body}</table></div>"
 
 
-def worst_table(items: list[Item], guess: np.ndarray, count: int = 20) -> str:
-    errors = np.abs(np.array([item.price for item in items]) - guess)
-    rows = "".join(
-        f"<tr><td class=text>{html.escape(items[i].text[:240])}</td><td>${items[i].price:,.2f}</td>"
-        f"<td>${guess[i]:,.0f}</td><td>${errors[i]:,.2f}</td></tr>"
-        for i in np.argsort(-errors)[:count]
-    )
-    return f"<table><tr><th>text</th><th>truth</th><th>guess</th><th>off by</th></tr>{rows}</table>"
+def groups_table(name: str, groups: dict[str, dict], total: float) -> str:
+    """Errors by price band or category, at most 40; `total` is the sum of all errors in dollars."""
+    header = [name, "items", "mean error", "share of all error", "bias", "inside the range", "width of the range"]
+    rows = [
+        [key, f"{g['n']:,}", f"${g['mae']:.2f}", f"{g['n'] * g['mae'] / total if total else 0:.0%}", signed(g["bias"]),
+         f"{g['coverage']:.0%}", f"${g['width']:.0f}"]
+        for key, g in list(groups.items())[:40]
+    ]  # fmt: skip
+    return html_table(header, rows)
 
 
-def write_html(
-    path: Path, metrics: dict, comparison: list[list[str]], items: list[Item], guess: np.ndarray, about: str
-) -> None:
+def items_table(items: list[Item], guess: np.ndarray, interval: tuple[np.ndarray, np.ndarray], chosen) -> str:
+    rows = ""
+    for i in chosen:
+        price, text = items[i].price, items[i].text
+        first, *others = (text[:300] + ("..." if len(text) > 300 else "")).splitlines()
+        words = f"<b>{html.escape(first)}</b> " + html.escape(" \N{MIDDLE DOT} ".join(filter(None, others)))
+        rows += (
+            f'<tr><td><span class="dot {colour(price, guess[i])}"></span>{words}</td><td>${price:,.2f}</td>'
+            f"<td>${guess[i]:,.0f}</td><td>${interval[0][i]:,.0f} to ${interval[1][i]:,.0f}</td>"
+            f"<td>${abs(price - guess[i]):,.2f}</td></tr>"
+        )
+    head = "<tr><th>text</th><th>truth</th><th>guess</th><th>range</th><th>off by</th></tr>"
+    return f'<div class=scroll><table class="items">{head}{rows}</table></div>'
+
+
+def write_html(path: Path, metrics: dict, comparison: dict, items: list[Item], guess, interval, about: str) -> None:
     """One self-contained page; the pictures beside `path` are embedded."""
 
-    def picture(name: str) -> str:
+    def picture(name: str, words: str) -> str:
         data = base64.b64encode((path.parent / name).read_bytes()).decode()
-        return f'<img alt="{name}" src="data:image/png;base64,{data}">'
+        return f'<img alt="{words}" src="data:image/png;base64,{data}">'
 
-    low, high = metrics["mae_ci95"]
+    m, (low, high), total = metrics, metrics["mae_ci95"], metrics["mae"] * metrics["n"]
     shares = "".join(
-        f'<span class="bar {name}" style="width:{metrics[name] / metrics["n"]:.2%}" title="{metrics[name]} {name}">'
-        "</span>"
+        f'<span class="bar {name}" style="width:{m[name] / m["n"]:.2%}" title="{m[name]} {name}"></span>'
         for name in ("green", "yellow", "red")
     )
-    floor = (
-        f" The least reachable error on these items is ${metrics['least_mae']:.2f}." if "least_mae" in metrics else ""
-    )
-    bands = [[band, f"{row['n']:,}", f"${row['mae']:.2f}"] for band, row in metrics["bands"].items()]
-    kinds = [[name, f"{row['n']:,}", f"${row['mae']:.2f}"] for name, row in metrics["categories"].items()]
+    floor = f" The least reachable error on these items is ${m['least_mae']:.2f}." if "least_mae" in m else ""
+    others = sorted((c["mae"], name) for name, c in list(comparison.items())[1:])
+    best = f" The best of the other predictors here, {others[0][1]}, is off by ${others[0][0]:.2f}." if others else ""
+    truth = np.array([item.price for item in items])
+    errors = np.abs(truth - guess)
+    by_error = dict(sorted(m["categories"].items(), key=lambda pair: -pair[1]["n"] * pair[1]["mae"]))
     path.write_text(
         f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>How far off are the prices?</title>
-<style>{STYLE}</style>
+<meta name="viewport" content="width=device-width"><style>{STYLE}</style>
 <h1>How far off are the prices?</h1>
-<p><span class="big">${metrics["mae"]:.2f}</span> on average, over {metrics["n"]:,} products it was not trained on
-(95 % interval ${low:.2f} to ${high:.2f}). Half of the guesses are off by less than ${metrics["median_error"]:.2f}.
-Guessing the mean price for everything is off by ${metrics["constant_mae"]:.2f}: the model's error is
-{metrics["ratio"]:.0%} of that.{floor}</p>
+<p><span class="big">${m["mae"]:.2f}</span> off on average, over {m["n"]:,} products that the model was not trained on
+(95% interval ${low:.2f} to ${high:.2f}). Half of the guesses are off by less than ${m["median_error"]:.2f}.
+Guessing the mean price for everything is off by ${m["constant_mae"]:.2f}: the model's error is
+{m["ratio"]:.0%} of that.{best}{floor}</p>
 <div style="width:100%;white-space:nowrap;font-size:0">{shares}</div>
-<p class="note">{metrics["hits"]:.1%} green: off by less than $40 or 20 %. Yellow: less than $80 or 40 %. Red: more.</p>
+<p class="note">{m["hits"]:.1%} green: off by less than $40 or 20%. Yellow: less than $80 or 40%. Red: more.</p>
 <p class="note">{html.escape(about)}</p>
-<h2>Against other predictors</h2>{picture("comparison.png")}
-{html_table(["predictor", "mean error", "median error", "RMSLE", "hits", "/ constant"], comparison)}
-<h2>Guess against truth</h2>{picture("scatter.png")}
-<h2>By price</h2>{html_table(["price", "items", "mean error"], bands)}
-<h2>By category</h2>{html_table(["category", "items", "mean error"], kinds)}
-<h2>The twenty worst</h2>{worst_table(items, guess)}
+<h2>Against other predictors</h2>{picture("comparison.png", "mean error of each predictor, the least on top")}
+{html_table(*comparison_table(comparison), next(iter(comparison)))}
+<p class="note">Errors in dollars. Hits: share of green. Seconds: the language models' to price the items, the others'
+to learn and to price, when that was computed. The last column is how much more a predictor is off than the
+model on the same items: where its interval lies above 0, the model is better.</p>
+<h2>Guess against truth</h2>{picture("scatter.png", "guess against truth")}
+<h2>Price ranges</h2><p>The {m["share"]:.0%} ranges hold the true price of {m["coverage"]:.1%} of the items and are
+${m["width"]:.0f} wide on average.</p>
+<h2>By price</h2>{groups_table("price", m["bands"], total)}
+<h2>By category</h2>{groups_table("category", by_error, total)}
+<p class="note">Bias: the mean of guess less truth. Categories by their share of all error.</p>
+<h2>The twenty worst</h2>{items_table(items, guess, interval, np.argsort(-errors, kind="stable")[:20])}
+<h2>The twenty best, measured by their price</h2>
+{items_table(items, guess, interval, np.argsort(errors / truth, kind="stable")[:20])}
 </html>
 """,
         encoding="utf-8",
@@ -160,26 +242,7 @@ def write_report(
     truth = np.array([item.price for item in items])
     (directory / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_predictions(directory / "predictions.csv", items, guess, *interval)
-    draw_scatter(
-        directory / "scatter.png",
-        truth,
-        guess,
-        f"{metrics['n']:,} held-out products, off by ${metrics['mae']:.2f} on average",
-    )
-    draw_comparison(directory / "comparison.png", {name: m["mae"] for name, m in comparison.items()})
-    write_html(directory / "report.html", metrics, comparison_rows(comparison), items, guess, about)
-
-
-def comparison_rows(comparison: dict[str, dict]) -> list[list[str]]:
-    """Cells of the table, for the terminal and the page"""
-    return [
-        [
-            name,
-            f"${m['mae']:.2f}",
-            f"${m['median_error']:.2f}",
-            f"{m['rmsle']:.3f}",
-            f"{m['hits']:.1%}",
-            f"{m['ratio']:.3f}",
-        ]
-        for name, m in comparison.items()
-    ]
+    title = f"{metrics['n']:,} held-out products, off by ${metrics['mae']:.2f} on average"
+    draw_scatter(directory / "scatter.png", truth, guess, title)
+    draw_comparison(directory / "comparison.png", comparison)
+    write_html(directory / "report.html", metrics, comparison, items, guess, interval, about)

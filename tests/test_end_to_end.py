@@ -6,20 +6,25 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from conftest import byte_tokenizer_json, hugging_face_model, tiny_config
 from safetensors.torch import load_file
 
+from pricing.baselines import BASELINES
+
 ROOT = Path(__file__).resolve().parents[1]
+CACHE = tempfile.TemporaryDirectory()  # not the user's
 WORDS = {"tin": 8, "brass": 45, "silver": 260, "gold": 820}
 
 
 def run(*arguments, code=0):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "QLORA_CACHE": CACHE.name}
     result = subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True
     )
@@ -95,6 +100,24 @@ def test_evaluating_twice_gives_the_same_numbers(place):
     assert {k: v for k, v in first.items() if k not in ("seconds", "comparison")} == {
         k: v for k, v in second.items() if k not in ("seconds", "comparison")
     }
+
+
+def test_all_baselines_stand_beside_the_model_and_two_reports_are_compared(place, tmp_path):
+    out, _ = run("evaluate.py", "--ckpt", place / "out", "--quiet", "--no-untuned", "--baselines")
+    metrics = metrics_of(place)
+    assert set(metrics["comparison"]) == {"fine-tuned", *BASELINES}
+    for name in BASELINES:
+        other = metrics["comparison"][name]
+        assert other["above"]["difference"] == pytest.approx(other["mae"] - metrics["mae"])
+    assert all(any(line.startswith(name) for line in out.splitlines()) for name in BASELINES)
+    assert metrics["share"] == 0.8 and 0 < metrics["coverage"] <= 1 and metrics["width"] > 0
+    shutil.copytree(place / "out" / "report", tmp_path / "median")
+    run("evaluate.py", "--ckpt", place / "out", "--quiet", "--no-untuned", "--decode", "mean")
+    out, _ = run("evaluate.py", "--compare", tmp_path / "median", place / "out" / "report")
+    assert f"the same {metrics['n']} items: " in out
+    run("evaluate.py", "--ckpt", place / "out", "--quiet", "--no-untuned", "--items", "9")
+    _, err = run("evaluate.py", "--compare", tmp_path / "median", place / "out" / "report", code=2)
+    assert f"priced different items ({metrics['n'] - 9} are only in the first, 0 only" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("decode", ["greedy", "mode", "mean"])
@@ -246,6 +269,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(place, tmp_path):
         (["train.py", *model, *data, "--out", tmp_path / "full"], "full exists and is no earlier run"),
         (["train.py", "--resume", "--out", tmp_path / "bare"], "bare is no checkpoint of train.py"),
         (["evaluate.py", "--ckpt", tmp_path / "bare"], "bare is no checkpoint of train.py"),
+        (["evaluate.py", "--compare", tmp_path / "bare", place], "bare is no report of evaluate.py"),
         (["predict.py", "--ckpt", tmp_path / "nowhere", "mug"], "nowhere is no checkpoint of train.py"),
         (["predict.py", "--ckpt", tmp_path / "damaged", "mug"], "run.json is damaged or of another version"),
         (["predict.py", "--ckpt", place / "out", " "], "the text to price is empty"),
@@ -265,8 +289,6 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(place, tmp_path):
 
 
 def test_data_that_changed_since_training_is_refused(place, tmp_path):
-    import shutil
-
     shutil.copytree(place / "out", tmp_path / "out")
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     record["data"]["sha256"] = "0" * 64

@@ -1,8 +1,7 @@
-"""Items, splits, prompts, packing, metrics and reports, with hand-computed expectations."""
+"""Items, splits, prompts and packing, with hand-computed expectations."""
 
 import csv
 import json
-import math
 import random
 import zipfile
 
@@ -12,7 +11,6 @@ from conftest import shared
 
 from llama.tokenizer import Tokenizer
 from pricing import sources
-from pricing.baselines import BASELINES
 from pricing.batch import batches, by_length, count_batches, pack, shape_of
 from pricing.items import (
     Item,
@@ -24,9 +22,7 @@ from pricing.items import (
     sample,
     split_of,
 )
-from pricing.metrics import band_of, bootstrap_interval, colour, score
 from pricing.prompt import PROMPT, Example, encode_items, encode_prompt
-from pricing.report import write_report
 
 
 def row(**changes):
@@ -320,110 +316,3 @@ def test_batches_by_length_cover_all_longest_first():
     prompts = [[0] * n for n in (3, 9, 1, 7, 5)]
     assert list(by_length(prompts, 18)) == [[1, 3], [4, 0, 2]]
     assert list(by_length(prompts, 1)) == [[1], [3], [4], [0], [2]]
-
-
-# ---- metrics and report --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "truth, guess, expected",
-    [
-        (100, 139, "green"),
-        (100, 140, "yellow"),
-        (500, 401, "green"),
-        (500, 400, "yellow"),
-        (100, 179, "yellow"),
-        (100, 180, "red"),
-        (500, 300, "red"),
-    ],
-)
-def test_colours(truth, guess, expected):
-    assert colour(truth, guess) == expected
-
-
-def test_score_by_hand():
-    truth, guess = np.array([10.0, 100.0, 400.0]), np.array([20.0, 150.0, 300.0])
-    m = score(truth, guess, constant=110.0, categories=["a", "b", "a"])
-    assert m["n"] == 3
-    assert m["mae"] == pytest.approx(160 / 3)
-    assert m["median_error"] == 50
-    assert m["constant_mae"] == pytest.approx((100 + 10 + 290) / 3)
-    assert m["ratio"] == pytest.approx(160 / 400)
-    logs = [math.log(11) - math.log(21), math.log(101) - math.log(151), math.log(401) - math.log(301)]
-    assert m["rmsle"] == pytest.approx(math.sqrt(sum(x * x for x in logs) / 3))
-    assert m["r2"] == pytest.approx(1 - 12600 / ((160**2) + 70**2 + 230**2))
-    assert (m["green"], m["yellow"], m["red"]) == (1, 2, 0) and m["hits"] == pytest.approx(1 / 3)
-    assert m["bands"] == {
-        "$0-50": {"n": 1, "mae": 10},
-        "$100-200": {"n": 1, "mae": 50},
-        "$400-1000": {"n": 1, "mae": 100},
-    }
-    assert m["categories"] == {"a": {"n": 2, "mae": 55}, "b": {"n": 1, "mae": 50}}
-    low, high = m["mae_ci95"]
-    assert 10 <= low < m["mae"] < high <= 100
-
-
-def test_interval_is_seeded_and_near_the_normal_one():
-    values = np.random.default_rng(1).normal(50, 20, 2000)
-    low, high = bootstrap_interval(values)
-    assert [low, high] == bootstrap_interval(values)
-    half = 1.96 * values.std() / math.sqrt(2000)
-    np.testing.assert_allclose([low, high], [values.mean() - half, values.mean() + half], atol=0.12)
-
-
-def test_bands_at_their_borders():
-    assert [band_of(p) for p in (0.5, 49.99, 50, 399.99, 400, 999.49)] == [
-        "$0-50",
-        "$0-50",
-        "$50-100",
-        "$200-400",
-        "$400-1000",
-        "$400-1000",
-    ]
-
-
-def test_scores_that_make_no_sense_are_refused():
-    with pytest.raises(ValueError, match="cannot score"):
-        score(np.array([]), np.array([]), 1.0, [])
-    with pytest.raises(ValueError, match="guess 2 is no number"):
-        score(np.array([1.0, 2.0]), np.array([1.0, np.nan]), 1.0, ["", ""])
-
-
-def test_baselines_learn_from_training_items_only():
-    train = [
-        Item(str(n), "t", f"{'gold' if n % 2 else 'tin'} ring {n}", 500.0 if n % 2 else 10.0, "", "train")
-        for n in range(40)
-    ]
-    test = [Item("x", "t", "gold ring", 480.0, "", "test"), Item("y", "t", "tin ring", 12.0, "", "test")]
-    assert BASELINES["constant: mean"](train, test).tolist() == [255, 255]
-    assert BASELINES["constant: median"](train + [train[0]], test).tolist() == [10, 10]
-    ridge = BASELINES["ridge on tf-idf"](train, test)
-    assert ridge[0] > 300 and ridge[1] < 30
-
-
-def test_report_files_and_their_fields(tmp_path):
-    items = [Item(str(n), f"<b>item {n}</b>", "text & more", 10.0 * (n + 1), "c", "test") for n in range(12)]
-    truth = np.array([i.price for i in items])
-    guess = truth * 1.3
-    metrics = score(truth, guess, 60.0, ["c"] * 12) | {"seconds": 1.0, "decode": "median"}
-    write_report(
-        tmp_path, metrics, items, guess, (guess - 5, guess + 5), {"fine-tuned": metrics, "other": metrics}, "about"
-    )
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "metrics.json",
-        "predictions.csv",
-        "scatter.png",
-        "comparison.png",
-        "report.html",
-    }
-    fields = "n mae mae_ci95 median_error rmsle r2 hits green yellow red parse_failures constant_mae ratio seconds "
-    fields += "decode bands categories"
-    assert set(fields.split()) <= set(json.loads((tmp_path / "metrics.json").read_text()))
-    with open(tmp_path / "predictions.csv", newline="") as handle:
-        rows = list(csv.DictReader(handle))
-    assert list(rows[0]) == ["id", "title", "truth", "guess", "low", "high", "error", "colour"]
-    assert rows[11]["error"] == "36.00" and rows[11]["colour"] == "green" and rows[11]["title"] == "<b>item 11</b>"
-    page = (tmp_path / "report.html").read_text()
-    assert 'src="data:image/png' in page and "http" not in page.replace("http-equiv", "")
-    assert "text &amp; more" in page
-    assert (tmp_path / "scatter.png").read_bytes()[:4] == b"\x89PNG"

@@ -1,0 +1,59 @@
+"""Price ranges that hold the true price as often as they promise.
+
+A model's own middle 80 % is only as good as the model is calibrated, and fine-tuned networks are not. Conformalised
+quantile regression (Romano, Patterson and Candes 2019, arXiv 1905.03222) measures on n items that were not trained on
+how far the true price lies outside the range [low, high], negative where it lies inside:
+
+    score_i = max(log(low_i / price_i), log(price_i / high_i))
+
+and moves both ends outwards by the ceil((n + 1) share)-th smallest score. Where those items and a new one come in no
+particular order (are exchangeable), the new price lies inside with probability at least `share`, and at most
+share + 1 / (n + 1) where no two scores are equal, however wrong the model is. That holds on average over all products,
+not for each kind of them.
+
+The scores are in log price, not in dollars: errors grow with the price, so the ends move by a factor. An offset in
+dollars that is right for a $500 graphics card would make the range of a $10 cable useless.
+"""
+
+import math
+
+import numpy as np
+
+from pricing.decode import quantile
+from pricing.items import MAX_PRICE, MIN_PRICE
+
+SHARE = 0.8  # of the prices that a range is to hold
+
+
+def central_range(distribution: np.ndarray, share: float = SHARE) -> tuple[np.ndarray, np.ndarray]:
+    """(low, high) in dollars, each (B,): the middle `share` of P (B, 1000). A whole dollar d stands for d - 0.5 to
+    d + 0.5."""
+    low, high = quantile(distribution, (1 - share) / 2) - 0.5, quantile(distribution, (1 + share) / 2) + 0.5
+    return np.clip(low, MIN_PRICE, MAX_PRICE), np.clip(high, MIN_PRICE, MAX_PRICE)
+
+
+def conformal_offset(low: np.ndarray, high: np.ndarray, truth: np.ndarray, share: float = SHARE) -> float:
+    """How far to move both ends, in log price; negative where the ranges are too wide. All arrays in dollars, (n,).
+
+    Raises ValueError for too few items (`share` / (1 - share) are needed) and for what is no positive price.
+    """
+    n = len(truth)
+    if not 0 < share < 1 or not len(low) == len(high) == n:
+        raise ValueError(f"cannot calibrate {len(low)} to {len(high)} ranges on {n} prices for a share of {share}")
+    if n == 0 or not (np.minimum(np.minimum(low, high), truth) > 0).all():  # NaN fails this too
+        raise ValueError("ranges are calibrated on positive prices in dollars, at least one of them")
+    scores = np.maximum(np.log(low / truth), np.log(truth / high))
+    rank = math.ceil(round((n + 1) * share, 9))  # 100 * 0.07 is 7.000000000000001
+    if rank > n:
+        raise ValueError(
+            f"{n} validation items are too few to calibrate a range that holds {share:.0%} of the prices: "
+            f"{math.ceil(round(share / (1 - share), 9))} are needed"
+        )
+    return float(np.sort(scores)[rank - 1])
+
+
+def widen(low: np.ndarray, high: np.ndarray, offset: float) -> tuple[np.ndarray, np.ndarray]:
+    """Both ends moved outwards by the factor exp(offset), within the prices there are; ends that would cross meet."""
+    middle = np.sqrt(low * high)
+    low, high = np.minimum(low * math.exp(-offset), middle), np.maximum(high * math.exp(offset), middle)
+    return np.clip(low, MIN_PRICE, MAX_PRICE), np.clip(high, MIN_PRICE, MAX_PRICE)

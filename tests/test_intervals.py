@@ -1,0 +1,92 @@
+"""Conformal ranges: the definition by hand, and the promised coverage where the model is badly calibrated."""
+
+import math
+
+import numpy as np
+import pytest
+
+from pricing.intervals import central_range, conformal_offset, widen
+
+
+def test_the_middle_of_a_distribution_by_hand():
+    p = np.zeros((2, 1000))
+    p[0, [10, 20, 30, 40]] = [0.1, 0.4, 0.4, 0.1]  # the tenth percentile is 10, the ninetieth 30
+    p[1, 0] = 1.0
+    low, high = central_range(p, 0.8)
+    np.testing.assert_allclose(low, [9.5, 0.5])  # a whole dollar is a dollar wide; nothing costs less than $0.50
+    np.testing.assert_allclose(high, [30.5, 0.5])
+
+
+def test_offset_by_hand():
+    """Four prices in a range of 50 to 200: inside by a factor of 2, 1.25 and 1, and outside by 3."""
+    truth = np.array([100.0, 160.0, 50.0, 600.0])
+    low, high = np.full(4, 50.0), np.full(4, 200.0)
+    scores = [math.log(0.5), math.log(0.8), math.log(1.0), math.log(3.0)]
+    for share, rank in ((0.2, 1), (0.4, 2), (0.5, 3), (0.6, 3), (0.61, 4), (0.8, 4)):  # ceil(5 share)
+        assert conformal_offset(low, high, truth, share) == pytest.approx(scores[rank - 1]), share
+    with pytest.raises(ValueError, match="4 validation items are too few .* holds 81%.*: 5 are needed"):
+        conformal_offset(low, high, truth, 0.81)
+    assert conformal_offset(np.ones(99), np.arange(1.0, 100), np.full(99, 50.0), 0.07) == pytest.approx(
+        math.log(50 / 93)  # the 7th of the scores log(50 / high), not the 8th: (99 + 1) 0.07 is 7
+    )
+
+
+def test_ends_move_by_a_factor_and_never_cross():
+    low, high = widen(np.array([40.0, 2.0]), np.array([90.0, 800.0]), math.log(2))
+    np.testing.assert_allclose(low, [20, 1])
+    np.testing.assert_allclose(high, [180, 999.49])
+    low, high = widen(np.array([40.0]), np.array([90.0]), -math.log(2))
+    np.testing.assert_allclose([low[0], high[0]], [60, 60])  # their geometric middle
+
+
+def draw(rng, shape, centre_bias, width):
+    """(low, high, truth): prices with log-sd 0.6 about a known centre, ranges about a biased one with log-sd 0.6
+    width."""
+    centre = rng.normal(4.0, 0.7, shape)
+    truth = np.exp(centre + rng.normal(0, 0.6, shape))
+    reach = 1.2816 * 0.6 * width  # the 90th percentile of a normal distribution
+    return np.exp(centre + centre_bias - reach), np.exp(centre + centre_bias + reach), truth
+
+
+@pytest.mark.parametrize("centre_bias, width", [(0.0, 1.0), (0.0, 0.2), (0.0, 4.0), (0.8, 0.5), (-0.5, 2.0)])
+@pytest.mark.parametrize("n", [10, 57])
+def test_coverage_is_what_the_theorem_says(centre_bias, width, n):
+    """A new price lies inside with probability ceil((n + 1) 0.8) / (n + 1): 9 / 11 after 10 items, 47 / 58 after 57.
+
+    The mean of 4,000 calibrations of 20 new items each; its standard error is below 0.003.
+    """
+    rng, inside = np.random.default_rng(n), []
+    for _ in range(4000):
+        offset = conformal_offset(*draw(rng, n, centre_bias, width), 0.8)
+        low, high, truth = draw(rng, 20, centre_bias, width)
+        inside.append(((truth >= low * math.exp(-offset)) & (truth <= high * math.exp(offset))).mean())
+    assert np.mean(inside) == pytest.approx(math.ceil((n + 1) * 0.8) / (n + 1), abs=0.01)
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 3.0])
+def test_coverage_of_ranges_of_a_distribution_over_dollars(sharpness):
+    """The whole way, from P (items, 1000) that is `sharpness` times too narrow to ranges; one calibration on 2,000."""
+    rng, dollars = np.random.default_rng(0), np.arange(1000)
+    centre = np.exp(rng.uniform(2.5, 5.5, 4000))
+    truth = np.clip(centre * np.exp(rng.normal(0, 0.3, 4000)), 0.5, 999.49)
+    p = np.exp(-0.5 * (np.log((dollars + 0.25) / centre[:, None]) * sharpness / 0.3) ** 2) / (dollars + 0.25)
+    low, high = central_range(p / p.sum(1, keepdims=True), 0.8)
+    before = ((truth >= low) & (truth <= high))[2000:].mean()
+    low, high = widen(low, high, conformal_offset(low[:2000], high[:2000], truth[:2000], 0.8))
+    after = ((truth >= low) & (truth <= high))[2000:].mean()
+    assert 0.77 < after < 0.83, after
+    if sharpness != 1.0:
+        assert abs(before - 0.8) > 0.1, before
+
+
+def test_ranges_that_make_no_sense_are_refused():
+    ones = np.ones(5)
+    with pytest.raises(ValueError, match="cannot calibrate 5 to 5 ranges on 4 prices"):
+        conformal_offset(ones, ones, ones[:4], 0.8)
+    with pytest.raises(ValueError, match="share of 80"):
+        conformal_offset(ones, ones, ones, 80)
+    for bad in (0.0, -3.0, np.nan):
+        with pytest.raises(ValueError, match="positive prices in dollars"):
+            conformal_offset(np.array([1, 1, bad, 1, 1]), ones, ones, 0.8)
+    with pytest.raises(ValueError, match="at least one"):
+        conformal_offset(ones[:0], ones[:0], ones[:0], 0.8)
