@@ -126,10 +126,11 @@ def find_leaks(candidates: Candidates, fate: np.ndarray, threshold: float, remov
     removed = np.zeros(len(fate), bool)
     for kind, rows, shingles, sizes in held_chunks(candidates, fate, (TRAIN, VAL)):
         held, texts = index[kind]
-        for one, other in texts.pairs(shingles, sizes):
-            if fate[rows[one]] == TRAIN or fate[held[other]] == TEST:  # and not a val item with another, or itself
-                leaking[kind][[rows[one], held[other]]] = True
-                removed[rows[one]] = True
+        one, other = texts.pairs(shingles, sizes)
+        one, other = rows[one], held[other]
+        apart = (fate[one] == TRAIN) | (fate[other] == TEST)  # and not a val item with another, or with itself
+        leaking[kind][one[apart]] = leaking[kind][other[apart]] = True
+        removed[one[apart]] = True
     leaking["any"] = leaking["text"] | leaking["title"]
     counts = {
         name: {kind: int(np.sum(flags & (fate == code))) for kind, flags in leaking.items()}
