@@ -65,9 +65,9 @@ def keep_input(
         shingles, ends = (stack.enter_context(open(part / name, "wb")) for name in ("shingles", "ends"))
         for block in blocks:
             for reason, number in block.first.items():
-                if strict and reason in BAD:
-                    raise ValueError(f"{path}, record {total.records + number}: one of the {reason}")
                 total.first.setdefault(reason, total.records + number)
+            if strict:
+                check_sound(path, total.first)
             for row in block.rows:
                 own = f"{stem}:{total.records + int(row[0][1:])}" if row[0].startswith(":") else row[0]
                 rows.append((own, *row[1:]))
@@ -96,6 +96,13 @@ def keep_input(
     os.rename(part, out)
 
 
+def check_sound(path: Path, first: dict[str, int]) -> None:
+    """Raises ValueError that names the first broken record, of the first record of each reason."""
+    if broken := [(number, reason) for reason, number in first.items() if reason in BAD]:
+        number, reason = min(broken)
+        raise ValueError(f"{path}, record {number}: one of the {reason}")
+
+
 def table_of(rows: list[tuple]) -> pyarrow.Table:
     return pyarrow.table(list(zip(*rows)) or [[]] * len(SCHEMA), schema=SCHEMA)
 
@@ -111,6 +118,9 @@ def read_inputs(inputs: list[Path], work: Path, options: Options, workers: int, 
     todo = [(path, out) for path, out in zip(inputs, directories) if not out.is_dir()]
     if len(todo) < len(inputs):
         print(f"{len(inputs) - len(todo)} of {len(inputs)} inputs were finished before and are not read again")
+    for path, out in zip(inputs, directories):
+        if strict and out.is_dir():
+            check_sound(path, json.loads((out / "summary.json").read_text())["first"])
     pool = nullcontext()
     if workers > 1 and todo:
         # spawn: a forked child of a process with threads, as pyarrow and tqdm start, may hang.

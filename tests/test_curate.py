@@ -621,6 +621,12 @@ def test_strict_names_the_first_broken_record(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", lines)
     with pytest.raises(ValueError, match="a.jsonl, record 4: one of the records with an unreadable price"):
         curate([path], tmp_path / "out.parquet", SECOND, strict=True)
+    with monkeypatch.context() as patch:  # read through without --strict, then stopped
+        patch.setattr(curate_module, "find_leaks", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            curate([path], tmp_path / "out.parquet", SECOND)
+    with pytest.raises(ValueError, match="a.jsonl, record 4: one of the records with an unreadable price"):
+        curate([path], tmp_path / "out.parquet", SECOND, strict=True)
     report = curate([path], tmp_path / "out.parquet", SECOND)
     assert report["first"]["records that are no JSON"] == "a.jsonl, record 6"
 
