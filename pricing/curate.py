@@ -10,6 +10,7 @@ RAW are Amazon-Reviews-2023's `raw_meta_*` files (https://amazon-reviews-2023.gi
     draw          by price and category, as the preset says (selection.py)
     split         by a seeded hash of the normalised title
     leaks         training items whose text or title is a near-duplicate of a held-out one: removed, or only counted
+                  (leaks.py)
     write         id, title, text, category, price (dollars), split; what became of the records in a .json beside it
 
 Every record is counted once, by the first thing that stopped it. The same inputs, options and seed give the same file,

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from pricing.candidates import Candidates
-from pricing.duplicates import HeldOut, mix, shingles_of, words_in
+from pricing.duplicates import mix, shingles_of, words_in
 from pricing.items import TEST_SHARE, VAL_SHARE
+from pricing.leaks import HeldOut
 from pricing.rules import Preset
 
 OPEN, EXACT, NEAR, NOT_DRAWN, BEYOND, LEAKED, TRAIN, VAL, TEST = range(9)

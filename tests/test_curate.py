@@ -20,10 +20,12 @@ from conftest import shared
 from datasketch import MinHash
 
 from pricing import curate as curate_module
-from pricing import duplicates, raw
+from pricing import leaks as leaks_module
+from pricing import raw
 from pricing.curate import curate, main
-from pricing.duplicates import band_keys, bands_for, leaks, parts, shingles_of, words_in
+from pricing.duplicates import band_keys, bands_for, parts, shingles_of, words_in
 from pricing.items import normalise_title
+from pricing.leaks import leaks
 from pricing.rules import FIRST, PRESETS, SECOND, Rejected, item_of, token_rule
 from pricing.selection import BEYOND, NOT_DRAWN, OPEN, TEST, TRAIN, VAL, draw, split
 from pricing.sources import load_items
@@ -345,11 +347,11 @@ def test_leaks_are_those_of_brute_force(threshold, words):
 def test_leaks_in_small_steps_are_the_same(monkeypatch):
     texts = families(random.Random(9), 100, 20)
     whole = leaks(texts[::2], texts[1::2], 0.5)
-    monkeypatch.setattr(duplicates.slices, "__defaults__", (7,))
+    monkeypatch.setattr(leaks_module.slices, "__defaults__", (7,))
     assert leaks(texts[::2], texts[1::2], 0.5) == whole and len(whole) > 20
     lengths = np.array([3, 0, 3, 4, 9, 1, 1])
-    assert [(s.start, s.stop) for s in duplicates.slices(lengths, 6)] == [(0, 3), (3, 4), (4, 5), (5, 7)]
-    assert duplicates.within(lengths).tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 3, *range(9), 0, 0]
+    assert [(s.start, s.stop) for s in leaks_module.slices(lengths, 6)] == [(0, 3), (3, 4), (4, 5), (5, 7)]
+    assert leaks_module.within(lengths).tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 3, *range(9), 0, 0]
 
 
 def test_leaks_of_nothing_and_of_the_same():
