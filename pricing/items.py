@@ -81,7 +81,7 @@ def parse_price(value) -> float:
             number = re.fullmatch(r"\s*\$?\s*(-?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?)\s*", value, re.ASCII)
             value = number[1].replace(",", "") if number else None
         price = float(None if isinstance(value, bool) else value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise ValueError("rows with an unreadable price") from None
     if not MIN_PRICE <= price <= MAX_PRICE:  # NaN fails this too
         raise ValueError(f"rows with a price outside ${MIN_PRICE:.2f} to ${MAX_PRICE:.2f}")

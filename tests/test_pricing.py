@@ -55,6 +55,7 @@ def test_prices_that_are_read(value, dollars):
         ("nan", "unreadable"),
         ("1_2", "unreadable"),
         (True, "unreadable"),
+        (10**400, "unreadable"),
     ],
 )
 def test_prices_that_are_not(value, reason):

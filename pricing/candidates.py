@@ -1,0 +1,216 @@
+"""Candidates: what passed the rules, on disk between the stages of `pricing.curate`, so that memory stays small.
+
+Each input has a directory of its own, written under another name and renamed when whole, so that a run that was stopped
+goes on behind the last finished input:
+
+    rows.parquet    id, title, text, category, price
+    keys-00 ...     a file for each column of keys, 8 bytes a candidate
+    shingles        the sets of all candidates, one after the other, 4 bytes each
+    ends            where each set ends in it, 8 bytes a candidate
+    summary.json    what became of the records
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from tqdm import tqdm
+
+from pricing.duplicates import bands_for
+from pricing.raw import Block, Options, category_of, sifted, start_worker
+from pricing.rules import BAD
+
+SCHEMA = pyarrow.schema(
+    [(name, pyarrow.string()) for name in ("id", "title", "text", "category")] + [("price", pyarrow.float64())]
+)
+GROUP_ROWS, CHUNK_ROWS = 8192, 4096  # candidates written, and read again, at a time
+FORMAT = 1  # raised when candidates are made or stored in another way, so that those of an older run are not used
+
+
+def identity(path: Path, options: Options) -> str:
+    """Names the directory of an input's candidates: another file, time of change or rule gives another name."""
+    known, preset = path.stat(), options.preset
+    rules = (preset.write.__name__, preset.least_tokens, preset.most_tokens, options.near, options.seed)
+    said = (str(path.resolve()), known.st_size, known.st_mtime_ns, category_of(path), rules, FORMAT)
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+
+
+def keep_input(
+    path: Path, out: Path, blocks: Iterator[Block], near: float, strict: bool, tell: Callable[[int], None]
+) -> None:
+    """Write the candidates of one input into the directory `out`, whole or not at all; `tell` hears of the records.
+
+    Raises ValueError for an input without a readable record and, if `strict`, for the first record of BAD.
+    """
+    part = out.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    total, rows, end, stem = Block(), [], 0, path.name.split(".")[0]
+    columns = 2 + (bands_for(near)[0] if near else 0)
+    with ExitStack() as stack, pyarrow.parquet.ParquetWriter(part / "rows.parquet", SCHEMA) as table:
+        keys = [stack.enter_context(open(part / f"keys-{column:02}", "wb")) for column in range(columns)]
+        shingles, ends = (stack.enter_context(open(part / name, "wb")) for name in ("shingles", "ends"))
+        for block in blocks:
+            for reason, number in block.first.items():
+                total.first.setdefault(reason, total.records + number)
+            if strict:
+                check_sound(path, total.first)
+            for row in block.rows:
+                own = f"{stem}:{total.records + int(row[0][1:])}" if row[0].startswith(":") else row[0]
+                rows.append((own, *row[1:]))
+            for column, file in enumerate(keys):
+                block.keys[:, column].tofile(file)
+            block.shingles.tofile(shingles)
+            (end + np.cumsum(block.sizes)).tofile(ends)
+            end += len(block.shingles)
+            total.records += block.records
+            total.counts += block.counts
+            tell(block.records)
+            if len(rows) >= GROUP_ROWS:
+                table.write_table(table_of(rows), GROUP_ROWS)
+                rows = []
+        table.write_table(table_of(rows), GROUP_ROWS)
+    if not total.records:
+        raise ValueError(f"{path} holds no record: it is empty")
+    if sum(total.counts[reason] for reason in BAD) == total.records:
+        said = "; ".join(f"{n:,} {reason}" for reason, n in total.counts.most_common())
+        raise ValueError(f"{path} holds no readable record ({said}): is it raw_meta_* of Amazon-Reviews-2023?")
+    summary = {"file": path.name, "records": total.records, "counts": total.counts, "first": total.first}
+    (part / "summary.json").write_text(json.dumps(summary) + "\n")
+    for file in part.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    os.rename(part, out)
+
+
+def check_sound(path: Path, first: dict[str, int]) -> None:
+    """Raises ValueError that names the first broken record, of the first record of each reason."""
+    if broken := [(number, reason) for reason, number in first.items() if reason in BAD]:
+        number, reason = min(broken)
+        raise ValueError(f"{path}, record {number}: one of the {reason}")
+
+
+def table_of(rows: list[tuple]) -> pyarrow.Table:
+    return pyarrow.table(list(zip(*rows)) or [[]] * len(SCHEMA), schema=SCHEMA)
+
+
+def read_inputs(inputs: list[Path], work: Path, options: Options, workers: int, strict: bool) -> list[Path]:
+    """The directory of candidates of each input, made below `work` unless an earlier run did.
+
+    Raises ValueError as `keep_input` and `raw.blocks_of` do, OSError when a worker dies.
+    """
+    directories = [work / identity(path, options) for path in inputs]
+    for other in set(work.iterdir()) - {*directories, work / "lock"}:  # of other options, or half-written
+        shutil.rmtree(other) if other.is_dir() else other.unlink()
+    todo = [(path, out) for path, out in zip(inputs, directories) if not out.is_dir()]
+    if len(todo) < len(inputs):
+        print(f"{len(inputs) - len(todo)} of {len(inputs)} inputs were finished before and are not read again")
+    for path, out in zip(inputs, directories):
+        if strict and out.is_dir():
+            check_sound(path, json.loads((out / "summary.json").read_text())["first"])
+    pool = nullcontext()
+    if workers > 1 and todo:
+        # spawn: a forked child of a process with threads, as pyarrow and tqdm start, may hang.
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker)
+    with pool as running, tqdm(unit=" records", unit_scale=True, disable=None) as bar:
+        try:
+            for path, out in todo:
+                bar.set_description(path.name)
+                blocks = sifted(path, options, running, 2 * workers)
+                keep_input(path, out, blocks, options.near, strict, bar.update)
+        except BrokenProcessPool:
+            raise OSError("a worker process died, out of memory? Run the same command with fewer --workers") from None
+        except BaseException:
+            if running:
+                running.shutdown(wait=False, cancel_futures=True)
+            raise
+    return directories
+
+
+class Candidates:
+    """The candidates of all inputs, numbered from 0 in the order of the inputs, read from their directories a piece at
+    a time."""
+
+    def __init__(self, directories: list[Path]):
+        self.directories = directories
+        self.summaries = [json.loads((d / "summary.json").read_text()) for d in directories]
+        self.starts = [0, *accumulate((d / "ends").stat().st_size // 8 for d in directories)]
+        self.files = [(open(d / "shingles", "rb"), open(d / "ends", "rb")) for d in directories]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __enter__(self) -> "Candidates":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for pair in self.files:
+            for file in pair:
+                file.close()
+
+    def column(self, column: int) -> "Column":
+        """One column of keys, as `duplicates.buckets` takes it"""
+        return Column(self, column)
+
+    def keys(self, column: int, start: int, count: int) -> np.ndarray:
+        """The keys of `count` candidates of one input from `start` on, or of as many as it has."""
+        number = bisect_right(self.starts, start) - 1
+        offset = 8 * (start - self.starts[number])
+        return np.fromfile(self.directories[number] / f"keys-{column:02}", np.uint64, count, offset=offset)
+
+    def shingles(self, row: int) -> np.ndarray:
+        """The set of one candidate."""
+        number = bisect_right(self.starts, row) - 1
+        shingles, ends = (file.fileno() for file in self.files[number])
+        row = int(row) - self.starts[number]
+        pair = os.pread(ends, 16, 8 * row - 8) if row else bytes(8) + os.pread(ends, 8, 0)
+        start, end = np.frombuffer(pair, np.int64).tolist()
+        return np.frombuffer(os.pread(shingles, 4 * (end - start), 4 * start), np.uint32)
+
+    def shingle_chunks(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(first candidate, shingles of it and the next ones, how many each has)"""
+        for start, (shingles, ends) in zip(self.starts, self.files):
+            shingles.seek(0)
+            ends.seek(0)
+            end = 0
+            while len(chunk := np.fromfile(ends, np.int64, CHUNK_ROWS)):
+                sizes = np.diff(chunk, prepend=end)
+                yield start, np.fromfile(shingles, np.uint32, sizes.sum()), sizes
+                start, end = start + len(chunk), chunk[-1]
+
+    def batches(self, columns: list[str]) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
+        """(first candidate, the columns of it and the next ones)"""
+        for start, directory in zip(self.starts, self.directories):
+            # Else pyarrow reads ahead, and holds on to what it has read.
+            file = pyarrow.parquet.ParquetFile(directory / "rows.parquet", pre_buffer=False)
+            for batch in file.iter_batches(CHUNK_ROWS, columns=columns, use_threads=False):
+                yield start, batch
+                start += len(batch)
+
+
+@dataclass(frozen=True)
+class Column:
+    """Yields (first candidate, its key and the next ones'), as often as it is iterated."""
+
+    candidates: Candidates
+    column: int
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        start = 0
+        while start < len(self.candidates):
+            chunk = self.candidates.keys(self.column, start, 1 << 16)
+            yield start, chunk
+            start += len(chunk)
