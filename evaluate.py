@@ -32,8 +32,9 @@ from pricing.baselines import run_baselines
 from pricing.catalogue import least_error
 from pricing.console import show_guess, table
 from pricing.decode import PICKS, PriceTree, greedy_prices, pick
-from pricing.intervals import SHARE, central_range
+from pricing.intervals import SHARES, central_range, widen
 from pricing.items import sample
+from pricing.leaks import leaks
 from pricing.metrics import colour, paired_difference, score
 from pricing.prompt import encode_prompt
 from pricing.report import compare_reports, comparison_table, write_report
@@ -50,6 +51,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--decode", default="median", choices=PICKS, help="how one price is chosen from the distribution"
     )
+    shares = [round(100 * share) for share in SHARES]
+    parser.add_argument("--interval", type=int, default=80, choices=shares, help="per cent of prices a range holds")
     parser.add_argument(
         "--prune", type=float, default=1e-3, help="digit-tree nodes with less probability are not opened"
     )
@@ -129,9 +132,12 @@ def main() -> None:
     bar.close()
     # A greedy text that is no price says nothing: it is priced like an unknown product, and counted.
     guess = np.where(np.isnan(guess), fallback, guess)
-    interval = central_range(p, SHARE)
+    share, offsets = args.interval / 100, run.get("intervals", {}).get("offsets", {})
+    # Calibrated on validation items by train.py; without those, the model's own middle.
+    interval = widen(*central_range(p, share), offsets.get(str(args.interval), 0.0))
     metrics = score(truth, guess, constant, categories, failures, interval)
-    metrics |= {"seconds": round(seconds, 2), "decode": args.decode, "share": SHARE}
+    metrics |= {"seconds": round(seconds, 2), "decode": args.decode, "share": share}
+    metrics["calibrated"] = str(args.interval) in offsets
     comparison = {"fine-tuned": metrics}
 
     def add(name: str, other: np.ndarray, seconds: float, failures: int = 0) -> None:
@@ -151,6 +157,11 @@ def main() -> None:
         add(name, result["guess"], result["seconds"])
     kept = ("mae", "mae_ci95", "median_error", "rmsle", "hits", "ratio", "seconds", "above")
     metrics["comparison"] = {name: {k: m[k] for k in kept if k in m} for name, m in comparison.items()}
+    leaked = leaks([item.text for item in train], [item.text for item in test])
+    errors = np.abs(truth - guess)
+    metrics["leaks"] = {"share": len(leaked) / len(test), "threshold": 0.8}
+    for name, chosen in (("mae_with", leaked), ("mae_without", np.setdiff1d(np.arange(len(test)), leaked))):
+        metrics["leaks"][name] = float(errors[chosen].mean()) if len(chosen) else None
     if all(item.fair_price is not None for item in test):
         metrics["least_mae"] = float(np.mean([least_error(item.fair_price) for item in test]))
 
@@ -168,8 +179,14 @@ def main() -> None:
     print(
         f"\n{len(test):,} held-out items in {seconds:.1f} s: off by ${metrics['mae']:.2f} on average "
         f"(95 % interval ${lowest:.2f} to ${highest:.2f}), {metrics['ratio']:.0%} of the constant's "
-        f"${metrics['constant_mae']:.2f}; {metrics['coverage']:.1%} inside the {SHARE:.0%} range"
+        f"${metrics['constant_mae']:.2f}; {metrics['coverage']:.1%} inside the {share:.0%} range"
     )
+    if leaked:
+        without = metrics["leaks"]["mae_without"]
+        print(
+            f"{len(leaked) / len(test):.0%} of them have a near-duplicate in training (0.8 of their word pairs): "
+            f"off by ${metrics['leaks']['mae_with']:.2f}" + ("" if without is None else f", the others by ${without:.2f}")
+        )
     if "least_mae" in metrics:
         print(f"the least reachable error on these items is ${metrics['least_mae']:.2f}: the catalogue's own noise")
     if failures:

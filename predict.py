@@ -21,7 +21,8 @@ from pricer import (
     read_run,
     run_main,
 )
-from pricing.decode import PriceTree, pick, quantile
+from pricing.decode import PriceTree, pick
+from pricing.intervals import SHARE, central_range, widen
 from pricing.items import read_rows, text_of
 from pricing.prompt import encode_prompt
 
@@ -62,7 +63,8 @@ def main() -> None:
     model, tokenizer = load_run(args.ckpt, run, device, pick_dtype(args.dtype, device))
     prompts = [encode_prompt(text, tokenizer, run["options"]["max_tokens"], run["prompt"]) for text in texts]
     p = distributions(model, PriceTree.build(tokenizer.encode_answer), prompts, args.batch_tokens, prune=0.0)
-    rows = zip(texts, pick(p, "median"), quantile(p, 0.1), quantile(p, 0.9), strict=True)
+    offset = run.get("intervals", {}).get("offsets", {}).get(f"{100 * SHARE:.0f}", 0.0)  # calibrated by train.py
+    rows = zip(texts, pick(p, "median"), *widen(*central_range(p), offset), strict=True)
     if args.file:
         writer = csv.writer(sys.stdout)
         writer.writerow(["text", "price", "low", "high"])

@@ -45,10 +45,13 @@ from pricer import (
 from pricing.batch import batches, count_batches, pack, shape_of
 from pricing.console import show_example
 from pricing.decode import PriceTree, pick
-from pricing.items import sample
+from pricing.intervals import conformal_offsets
+from pricing.items import Item, sample
 from pricing.loss import LOSSES, AnswerLoss
-from pricing.prompt import PROMPT, encode_items
+from pricing.prompt import encode_items, encode_prompt, load_prompt
 from pricing.sources import load_items
+
+MOST_CALIBRATED = 2000  # validation items that price ranges are calibrated on: then a share is right within 1 %
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -76,6 +79,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     group.add_argument("--size", type=int, default=3600, help="items the catalogue makes, all splits together")
     group.add_argument("--data-seed", type=int, default=0, help="the catalogue's seed")
+    group.add_argument("--prompt", default="first", help="first, second, compact, or a text file with {text} in it")
     group.add_argument("--max-tokens", type=int, default=176, help="tokens of the prompt; longer texts are cut")
     group.add_argument("--strict", action="store_true", help="a bad row is an error instead of a count")
     group = parser.add_argument_group("training")
@@ -112,6 +116,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group = parser.add_argument_group("reporting")
     group.add_argument("--val-items", type=int, default=48, help="validation items priced at each check; 0 for none")
     group.add_argument("--val-every", type=int, default=None, help="steps between checks (default: half of the run)")
+    group.add_argument(
+        "--patience", type=int, default=None, help="stop after so many checks without a better validation error"
+    )
+    group.add_argument(
+        "--keep", default="last", choices=["last", "best"], help="the weights that --out holds at the end"
+    )
     group.add_argument("--log-every", type=int, default=1, help="steps between lines of metrics.jsonl")
     group.add_argument(
         "--save-every", type=int, default=None, help="steps between checkpoints (default: only at the end)"
@@ -137,7 +147,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")}
     if args.resume and (others := given - {"--resume", "--out", "--device"}):
         parser.error(f"--resume goes on with the options of the first start; leave out {', '.join(sorted(others))}")
-    for name in ("epochs", "lr", "clip", "soft_width", "max_minutes", "max_steps", "val_every", "save_every"):
+    above_zero = ("epochs", "lr", "clip", "soft_width", "max_minutes", "max_steps", "val_every", "save_every")
+    for name in (*above_zero, "patience"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
     return args
@@ -169,7 +180,9 @@ def main() -> None:
     # ---- data ------------------------------------------------------------------------------------------------------
     items, skipped, identity = load_items(args.data, args.size, args.data_seed, args.strict)
     train_items = [item for item in items if item.split == "train"]
-    val_items = sample([item for item in items if item.split == "val"], args.val_items)
+    all_val_items = [item for item in items if item.split == "val"]
+    val_items = sample(all_val_items, args.val_items)
+    prompt = run["prompt"] if args.resume else load_prompt(args.prompt)
     if args.resume:
         check_same_data(run, identity)
     if not train_items:
@@ -181,9 +194,7 @@ def main() -> None:
 
     # ---- tokens and batches ----------------------------------------------------------------------------------------
     config, tokenizer, directory = open_base(args.model)
-    examples = encode_items(train_items, tokenizer, args.max_tokens)
-    val_prompts = [e.prompt for e in encode_items(val_items, tokenizer, args.max_tokens)]
-    val_truth = np.array([item.price for item in val_items])
+    examples = encode_items(train_items, tokenizer, args.max_tokens, prompt)
     tree = PriceTree.build(tokenizer.encode_answer)
     loss = AnswerLoss(args.loss, tree, args.soft_width, device)
     shape = shape_of(examples, args.batch_tokens)
@@ -252,11 +263,16 @@ def main() -> None:
 
     def save() -> None:
         """A whole checkpoint directory, under its name only when complete."""
+        intervals = {}
+        if val_items:  # all of them, or a large sample, so that price ranges hold what they promise
+            error, p, truth = validate(sample(all_val_items, MOST_CALIBRATED))
+            intervals = {"items": len(truth), "offsets": conformal_offsets(p, truth), "val_mae_dollars": error}
         record = {
             "options": {k: v for k, v in vars(args).items() if k != "resume"},
             "base_model": {"name": args.model, "directory": directory.name},
             "data": identity | {"train": len(train_items)},
-            "prompt": PROMPT,
+            "prompt": prompt,
+            "intervals": intervals,
             "split": "by `split` column, else by hash of the title: 85 % train, 5 % val, 10 % test",
             "versions": {name: version(name) for name in ("torch", "bitsandbytes", "safetensors", "tiktoken")}
             | {"python": platform.python_version()},
@@ -273,12 +289,14 @@ def main() -> None:
             (part / "run.json").write_text(json.dumps(record, indent=2) + "\n")
             (part / "metrics.jsonl").write_text("".join(json.dumps(m, allow_nan=False) + "\n" for m in metrics))
 
-    def validate() -> float:
-        """Dollars of mean absolute error on the validation items, by the median"""
+    def validate(items: list[Item]) -> tuple[float, np.ndarray, np.ndarray]:
+        """Dollars of mean absolute error of the median on `items`, their distributions (items, 1000) and prices"""
+        prompts = [encode_prompt(item.text, tokenizer, args.max_tokens, prompt) for item in items]
+        truth = np.array([item.price for item in items])
         model.eval()
-        guesses = pick(distributions(model, tree, val_prompts, args.batch_tokens, prune=1e-3), "median")
+        p = distributions(model, tree, prompts, args.batch_tokens, prune=1e-3)
         model.train()
-        return float(np.abs(guesses - val_truth).mean())
+        return float(np.abs(pick(p, "median") - truth).mean()), p, truth
 
     def report(number: int, rate: float, real_tokens: int, outcome) -> None:
         """Read what a step gave (waiting for it), and write it down"""
@@ -307,6 +325,7 @@ def main() -> None:
     bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
     began = time.perf_counter() - progress["seconds"]
     dollars, bad_steps, saved_at, queued = "", 0, step if args.resume else None, None
+    checks = [(m["val_mae_dollars"], m["step"]) for m in metrics if "val_mae_dollars" in m]
     while True:
         share = (step + 0.5) / total_steps  # of the run; the middle of the step, so that no rate is 0
         if args.max_minutes:
@@ -328,20 +347,32 @@ def main() -> None:
             report(*queued)
             queued = None
         if checking:
-            error = validate()
+            error, *_ = validate(val_items)
             dollars = f", off by ${error:.2f} on {len(val_items)} validation items"
             metrics.append({"step": step, "val_mae_dollars": error})
-        if saving:
+            checks.append((error, step))
+            saving |= args.keep == "best" and min(checks)[1] == step
+            if args.patience and len(checks) - 1 - checks.index(min(checks)) >= args.patience:
+                print(f"\nstopped    no better validation error in {args.patience} checks")
+                break
+        if saving and not (args.keep == "best" and min(checks)[1] != step):
             save()
             saved_at = step
     bar.close()
 
     if saved_at != step:  # a resumed run that was complete already has nothing to add
+        better = True
         if val_items:
-            metrics.append({"step": step, "val_mae_dollars": validate()})
-            print(f"validation off by ${metrics[-1]['val_mae_dollars']:.2f} on {len(val_items)} items")
-        progress["seconds"] = time.perf_counter() - began
-        save()
+            error, *_ = validate(val_items)
+            metrics.append({"step": step, "val_mae_dollars": error})
+            better = args.keep == "last" or not checks or error < min(checks)[0]
+            print(f"validation off by ${error:.2f} on {len(val_items)} items")
+        if better:
+            progress["seconds"] = time.perf_counter() - began
+            save()
+        else:
+            error, best = min(checks)
+            print(f"kept       step {best}, off by ${error:.2f}: the best of {len(checks) + 1} checks")
     overall = (
         f"{progress['seconds']:,.0f} s, {progress['tokens'] / max(progress['seconds'], 1e-9):,.0f} tokens/s over all"
     )

@@ -22,7 +22,8 @@ import numpy as np
 from pricing.decode import quantile
 from pricing.items import MAX_PRICE, MIN_PRICE
 
-SHARE = 0.8  # of the prices that a range is to hold
+SHARES = (0.5, 0.8, 0.9, 0.95)  # of the prices that a range is to hold
+SHARE = 0.8
 
 
 def central_range(distribution: np.ndarray, share: float = SHARE) -> tuple[np.ndarray, np.ndarray]:
@@ -50,6 +51,15 @@ def conformal_offset(low: np.ndarray, high: np.ndarray, truth: np.ndarray, share
             f"{math.ceil(round(share / (1 - share), 9))} are needed"
         )
     return float(np.sort(scores)[rank - 1])
+
+
+def conformal_offsets(distribution: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """The offset of each of SHARES, by its percentage, as far as the items are enough for it: {"80": 0.12, ...}"""
+    offsets = {}
+    for share in SHARES:
+        if math.ceil(round((len(truth) + 1) * share, 9)) <= len(truth):
+            offsets[f"{share:.0%}".rstrip("%")] = conformal_offset(*central_range(distribution, share), truth, share)
+    return offsets
 
 
 def widen(low: np.ndarray, high: np.ndarray, offset: float) -> tuple[np.ndarray, np.ndarray]:

@@ -8,10 +8,32 @@ search.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from pricing.items import Item
 
-PROMPT = "How much does this cost to the nearest dollar?\n\n{text}\n\nPrice is $"
+PROMPTS = {
+    "first": "How much does this cost to the nearest dollar?\n\n{text}\n\nPrice is $",
+    "second": "What does this cost to the nearest dollar?\n\n{text}\n\nPrice is $",
+    "compact": "{text}\n$",
+}
+PROMPT = PROMPTS["first"]
+
+
+def load_prompt(name: str) -> str:
+    """A template by name or from a text file. Raises ValueError where it lacks `{text}` or does not end where the price
+    begins: at a "$" or another sign, never a space, which most tokenisers would join to the first digit."""
+    if name in PROMPTS:
+        return PROMPTS[name]
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"--prompt {name} is neither {', '.join(PROMPTS)} nor a file")
+    template = path.read_text(encoding="utf-8").removesuffix("\n")
+    if template.count("{text}") != 1:
+        raise ValueError(f"{name}: a prompt must contain {{text}} exactly once")
+    if template.endswith("{text}") or template[-1].isspace() or template[-1].isdigit():
+        raise ValueError(f"{name}: a prompt must end where the price begins, with a sign such as $")
+    return template
 
 
 @dataclass(frozen=True)

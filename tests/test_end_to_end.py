@@ -288,6 +288,25 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(place, tmp_path):
     assert (tmp_path / "full" / "thesis.txt").read_text() == "do not lose me"
 
 
+def test_the_best_check_is_kept_and_its_ranges_are_calibrated(place, tmp_path):
+    (tmp_path / "ask.txt").write_text("{text}\nPrice: $")
+    out, _ = run(
+        "train.py", "--model", place / "model", "--data", place / "items.jsonl", "--out", place / "best",
+        "--prompt", tmp_path / "ask.txt", "--keep", "best", "--patience", "2", "--val-every", "3", "--val-items", "20",
+        "--max-steps", "60", "--lr", "1", "--clip", "1000", "--batch-tokens", "1500", "--max-tokens", "140",
+    )  # fmt: skip
+    assert "no better validation error in 2 checks" in out  # such a rate destroys whatever is learnt
+    record = json.loads((place / "best" / "run.json").read_text())
+    checks = [json.loads(x) for x in (place / "best" / "metrics.jsonl").read_text().splitlines() if "val_mae" in x]
+    assert record["steps"] == min(checks, key=lambda c: c["val_mae_dollars"])["step"] < 60
+    assert record["prompt"] == "{text}\nPrice: $" and record["intervals"]["items"] > 20
+    assert set(record["intervals"]["offsets"]) >= {"50", "80", "90"}
+    run("evaluate.py", "--ckpt", place / "best", "--quiet", "--no-untuned", "--interval", "90")
+    metrics = metrics_of(place, "best")
+    assert metrics["calibrated"] and metrics["share"] == 0.9 and metrics["coverage"] > 0.75
+    assert 0 <= metrics["leaks"]["share"] <= 1
+
+
 def test_data_that_changed_since_training_is_refused(place, tmp_path):
     shutil.copytree(place / "out", tmp_path / "out")
     record = json.loads((tmp_path / "out" / "run.json").read_text())

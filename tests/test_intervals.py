@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pricing.intervals import central_range, conformal_offset, widen
+from pricing.intervals import central_range, conformal_offset, conformal_offsets, widen
 
 
 def test_the_middle_of_a_distribution_by_hand():
@@ -90,3 +90,14 @@ def test_ranges_that_make_no_sense_are_refused():
             conformal_offset(np.array([1, 1, bad, 1, 1]), ones, ones, 0.8)
     with pytest.raises(ValueError, match="at least one"):
         conformal_offset(ones[:0], ones[:0], ones[:0], 0.8)
+
+
+def test_offsets_of_every_share_that_the_items_are_enough_for():
+    rng = np.random.default_rng(0)
+    distribution = rng.dirichlet(np.ones(1000), 12)
+    truth = rng.uniform(1, 900, 12)
+    offsets = conformal_offsets(distribution, truth)
+    assert list(offsets) == ["50", "80", "90"]  # 95 % would need 19
+    for share, offset in ((0.5, offsets["50"]), (0.9, offsets["90"])):
+        assert offset == conformal_offset(*central_range(distribution, share), truth, share)
+    assert conformal_offsets(distribution[:0], truth[:0]) == {}

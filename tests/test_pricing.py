@@ -22,7 +22,7 @@ from pricing.items import (
     sample,
     split_of,
 )
-from pricing.prompt import PROMPT, Example, encode_items, encode_prompt
+from pricing.prompt import PROMPT, Example, encode_items, encode_prompt, load_prompt
 
 
 def row(**changes):
@@ -268,6 +268,21 @@ def test_the_mask_covers_exactly_the_answer(tokenizer):
     assert len(batch.tokens) == 512 and lengths.sum() == 512 and lengths.max() <= shape.longest
     assert batch.at.max() < batch.real_tokens and (batch.targets != -100).sum() == batch.supervised
     assert (np.diff(batch.slots)[np.diff(batch.positions) == 1] == 1).all() and len(set(batch.slots)) == 512
+
+
+def test_prompts_by_name_and_from_a_file(tmp_path):
+    assert load_prompt("first") == PROMPT and load_prompt("compact").endswith("$")
+    (tmp_path / "mine.txt").write_text("Dollars for {text}? $\n")
+    assert load_prompt(str(tmp_path / "mine.txt")) == "Dollars for {text}? $"
+    for text, words in (
+        ("no place", "exactly once"), ("{text} {text} $", "exactly once"), ("costs {text}", "end where the price"),
+        ("{text} costs ", "end where the price"), ("{text} costs $1", "end where the price"),
+    ):  # fmt: skip
+        (tmp_path / "bad.txt").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            load_prompt(str(tmp_path / "bad.txt"))
+    with pytest.raises(ValueError, match="neither first, second, compact nor a file"):
+        load_prompt("third")
 
 
 def test_every_batch_has_the_same_shape_and_an_item_that_is_too_long_is_named():
