@@ -47,6 +47,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--ckpt", default="out", help="the directory that train.py wrote")
     parser.add_argument("--data", default=None, help="other data than the run's (its test split is priced)")
+    parser.add_argument(
+        "--split", default="test", choices=["test", "val"], help="val: to choose settings by, into report_val/"
+    )
     parser.add_argument("--items", type=int, default=None, help="price a fixed sample of so many test items")
     parser.add_argument(
         "--decode", default="median", choices=PICKS, help="how one price is chosen from the distribution"
@@ -101,14 +104,14 @@ def main() -> None:
     device = pick_device(args.device)
     items, _, identity = load_items(options["data"], options["size"], options["data_seed"], options["strict"])
     check_same_data(run, identity)
-    train = [item for item in items if item.split == "train"]
+    train = sample([item for item in items if item.split == "train"], options.get("train_items"))
     if args.data:  # priced by the same run and the same baselines, which know its own training items only
         items, skipped, _ = load_items(args.data, options["size"], options["data_seed"])
         print(f"data       {args.data}: {len(items):,} items" + (f"; left out: {skipped}" if skipped.counts else ""))
-    test = [item for item in items if item.split == "test"]
-    test = test if args.items is None else sample(test, args.items)
+    test = [item for item in items if item.split == args.split]
+    test = sample(test, args.items)
     if not test:
-        raise ValueError(f"{args.data or options['data']}: none of the {len(items)} items is in the test split")
+        raise ValueError(f"{args.data or options['data']}: none of the {len(items)} items is in the {args.split} split")
     truth, categories = np.array([item.price for item in test]), [item.category for item in test]
 
     model, tokenizer = load_run(args.ckpt, run, device, pick_dtype(args.dtype, device))
@@ -169,9 +172,9 @@ def main() -> None:
     about = (
         f"{options['model']}, {options['bits']} bits, LoRA rank {options['rank']} on {options['targets']}, "
         f"{run['steps']:,} steps on {len(train):,} items of {options['data']}; {args.decode} of the distribution over "
-        f"whole dollars; test items of {args.data or options['data']}, split by title."
+        f"whole dollars; {args.split} items of {args.data or options['data']}, split by title."
     )
-    out = Path(args.ckpt) / "report"
+    out = Path(args.ckpt) / ("report" if args.split == "test" else "report_val")
     with write_directory(out) as part:
         write_report(part, metrics, test, guess, interval, comparison, about)
     print(table(*comparison_table(comparison)))
@@ -183,9 +186,10 @@ def main() -> None:
     )
     if leaked:
         without = metrics["leaks"]["mae_without"]
+        others = "" if without is None else f", the others by ${without:.2f}"
         print(
             f"{len(leaked) / len(test):.0%} of them have a near-duplicate in training (0.8 of their word pairs): "
-            f"off by ${metrics['leaks']['mae_with']:.2f}" + ("" if without is None else f", the others by ${without:.2f}")
+            f"off by ${metrics['leaks']['mae_with']:.2f}{others}"
         )
     if "least_mae" in metrics:
         print(f"the least reachable error on these items is ${metrics['least_mae']:.2f}: the catalogue's own noise")

@@ -224,8 +224,7 @@ def test_prompts(run: dict, tokenizer: Tokenizer, items: int | None = None) -> l
     loaded, _, identity = load_items(options["data"], options["size"], options["data_seed"], options["strict"])
     check_same_data(run, identity)
     test = [item for item in loaded if item.split == "test"]
-    test = test if items is None else sample(test, items)
-    return [encode_prompt(item.text, tokenizer, options["max_tokens"], run["prompt"]) for item in test]
+    return [encode_prompt(i.text, tokenizer, options["max_tokens"], run["prompt"]) for i in sample(test, items)]
 
 
 def tree_functions(model: Llama, prompts: list[list[int]]) -> tuple[Callable, Callable]:

@@ -79,6 +79,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     group.add_argument("--size", type=int, default=3600, help="items the catalogue makes, all splits together")
     group.add_argument("--data-seed", type=int, default=0, help="the catalogue's seed")
+    group.add_argument("--train-items", type=int, default=None, help="learn from a fixed sample of so many")
     group.add_argument("--prompt", default="first", help="first, second, compact, or a text file with {text} in it")
     group.add_argument("--max-tokens", type=int, default=176, help="tokens of the prompt; longer texts are cut")
     group.add_argument("--strict", action="store_true", help="a bad row is an error instead of a count")
@@ -148,7 +149,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     if args.resume and (others := given - {"--resume", "--out", "--device"}):
         parser.error(f"--resume goes on with the options of the first start; leave out {', '.join(sorted(others))}")
     above_zero = ("epochs", "lr", "clip", "soft_width", "max_minutes", "max_steps", "val_every", "save_every")
-    for name in (*above_zero, "patience"):
+    for name in (*above_zero, "patience", "train_items"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
     return args
@@ -179,7 +180,7 @@ def main() -> None:
 
     # ---- data ------------------------------------------------------------------------------------------------------
     items, skipped, identity = load_items(args.data, args.size, args.data_seed, args.strict)
-    train_items = [item for item in items if item.split == "train"]
+    train_items = sample([item for item in items if item.split == "train"], args.train_items)
     all_val_items = [item for item in items if item.split == "val"]
     val_items = sample(all_val_items, args.val_items)
     prompt = run["prompt"] if args.resume else load_prompt(args.prompt)

@@ -66,8 +66,11 @@ def split_of(title: str) -> str:
     return "test" if bucket < TEST_SHARE else "val" if bucket < TEST_SHARE + VAL_SHARE else "train"
 
 
-def sample(items: list[Item], count: int) -> list[Item]:
-    """`count` of the items, always the same ones, whatever the order of the file (which is often by category)."""
+def sample(items: list[Item], count: int | None) -> list[Item]:
+    """`count` of the items, always the same ones, whatever the order of the file (which is often by category); all of
+    them, as they come, for None."""
+    if count is None:
+        return items
     return sorted(items, key=lambda item: hashlib.sha256(f"{item.text}|{item.id}".encode()).digest())[:count]
 
 

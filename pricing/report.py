@@ -53,8 +53,8 @@ def read_predictions(report: str | Path) -> dict[tuple, list[float]]:
     return errors
 
 
-def compare_reports(a: str | Path, b: str | Path, seed: int = 0) -> str:
-    """The paired difference of two reports in words. Raises ValueError where they are not of the same items."""
+def paired_errors(a: str | Path, b: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """The errors of two reports, item by item, in dollars. Raises ValueError where they are not of the same items."""
     of_a, of_b = read_predictions(a), read_predictions(b)
     if {key: len(e) for key, e in of_a.items()} != {key: len(e) for key, e in of_b.items()}:
         raise ValueError(
@@ -62,6 +62,12 @@ def compare_reports(a: str | Path, b: str | Path, seed: int = 0) -> str:
             f"{len(of_b.keys() - of_a.keys()):,} only in the second): only errors of the same items can be compared"
         )
     errors_a, errors_b = (np.array([error for key in of_a for error in of[key]]) for of in (of_a, of_b))
+    return errors_a, errors_b
+
+
+def compare_reports(a: str | Path, b: str | Path, seed: int = 0) -> str:
+    """The paired difference of two reports in words."""
+    errors_a, errors_b = paired_errors(a, b)
     paired = paired_difference(errors_a, errors_b, seed)
     low, high = paired["ci95"]
     better = a if high < 0 else b if low > 0 else None
