@@ -84,8 +84,8 @@ def show(measured: dict[str, dict]) -> None:
             low, high = against["ci95"]
             difference = f"{against['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
         cells.append([
-            name, f"${row['mae']:.2f}", difference, f"{row['rmsle']:.3f}", f"{row['hits']:.1%}", f"{row['coverage']:.1%}",
-            f"{row['train_seconds']:.0f}",
+            name, f"${row['mae']:.2f}", difference, f"{row['rmsle']:.3f}",
+            f"{row['hits']:.1%}", f"{row['coverage']:.1%}", f"{row['train_seconds']:.0f}",
         ])  # fmt: skip
     print(table(["row", "mean error", "against the first", "RMSLE", "hits", "coverage", "seconds"], cells))
 
