@@ -46,7 +46,7 @@ from pricing.batch import batches, count_batches, pack, shape_of
 from pricing.console import show_example
 from pricing.decode import PriceTree, pick
 from pricing.items import sample
-from pricing.loss import LOSSES, AnswerLoss
+from pricing.loss import CRPS_SCALES, LOSSES, AnswerLoss
 from pricing.prompt import PROMPT, encode_items
 from pricing.sources import load_items
 
@@ -83,13 +83,23 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         "--loss",
         default="answer",
         choices=LOSSES,
-        help="answer: plain cross-entropy; soft: near prices count as nearly right",
+        help="answer: plain cross-entropy; price: without the .00; crps: price and the CRPS of its distribution; "
+        "soft: near prices count as nearly right",
     )
     group.add_argument(
         "--soft-width",
         type=float,
         default=0.1,
         help="relative width of the soft loss's neighbourhood of the true price",
+    )
+    group.add_argument(
+        "--crps-weight",
+        type=float,
+        default=1.0,
+        help="nats for each unit of an item's CRPS (see --crps-scale; in dollars it is some 100 times larger)",
+    )
+    group.add_argument(
+        "--crps-scale", default="log", choices=CRPS_SCALES, help="unit of the CRPS: ln price, or dollars"
     )
     group.add_argument("--epochs", type=float, default=1.0, help="passes over the training items")
     group.add_argument("--max-steps", type=int, default=None, help="stop after this many optimiser steps")
@@ -137,7 +147,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")}
     if args.resume and (others := given - {"--resume", "--out", "--device"}):
         parser.error(f"--resume goes on with the options of the first start; leave out {', '.join(sorted(others))}")
-    for name in ("epochs", "lr", "clip", "soft_width", "max_minutes", "max_steps", "val_every", "save_every"):
+    positive = ("epochs", "lr", "clip", "soft_width", "crps_weight")
+    for name in (*positive, "max_minutes", "max_steps", "val_every", "save_every"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
     return args
@@ -185,7 +196,9 @@ def main() -> None:
     val_prompts = [e.prompt for e in encode_items(val_items, tokenizer, args.max_tokens)]
     val_truth = np.array([item.price for item in val_items])
     tree = PriceTree.build(tokenizer.encode_answer)
-    loss = AnswerLoss(args.loss, tree, args.soft_width, device)
+    loss = AnswerLoss(
+        args.loss, tree, args.soft_width, device, crps_weight=args.crps_weight, crps_scale=args.crps_scale
+    )
     shape = shape_of(examples, args.batch_tokens)
 
     # ---- model: each linear is quantised as it is read, then freeze and inject -------------------------------------
@@ -239,7 +252,7 @@ def main() -> None:
         print(f"memory     {reason}")
     print(
         f"tokens     {sum(lengths):,} an epoch, {np.mean(lengths):.0f} an item, "
-        f"of which {np.mean([len(e.answer) for e in examples]):.1f} carry the loss"
+        f"of which {np.mean([loss.learnt(e) for e in examples]):.1f} carry the loss"
     )
     if cut := sum(e.cut for e in examples):
         print(f"           {cut:,} texts are longer than --max-tokens {args.max_tokens} and were cut")
@@ -248,7 +261,8 @@ def main() -> None:
         f"{'one recorded CUDA graph each' if train_step.replay else 'run line by line'}; "
         "first item, what is learnt in colour:"
     )
-    print(show_example(next(batches(examples, shape, args.seed))[0], tokenizer), flush=True)
+    first = next(batches(examples, shape, args.seed))[0]
+    print(show_example(first, tokenizer, loss.learnt(first)), flush=True)
 
     def save() -> None:
         """A whole checkpoint directory, under its name only when complete."""
