@@ -43,6 +43,8 @@ strictly proper score. The expectation of step s is sum_d w(d) (sum_c (p_s(c) - 
 changes, h_s being the true chances, so it is least at p_s = h_s whatever lies inside the branches. The CRPS of the
 whole distribution with only the true path opened, though nearer in form, has not this property: its coarsening depends
 on y, and inside a branch of chance p < 1 it rewards crowding to the middle (tests/test_loss.py holds both to it).
+For simulated log-normal forecasts of digit-spelt prices it correlates with the CRPS of the whole distribution by 0.8
+and is 1.2 times as large in ln price; in dollars by only 0.3 to 0.4, and 2.4 times: so `log` is the default.
 
 Chances are taken given that a price goes on: what is lost to other tokens is the cross-entropy's to mend.
 

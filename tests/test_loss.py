@@ -294,8 +294,37 @@ def test_the_path_crps_is_proper_where_the_opened_path_is_not():
     (slope,) = torch.autograd.grad(expected, table)
     assert slope.abs().max() < 1e-12
     (slope,) = torch.autograd.grad(opened, table)
-    print(slope.abs().max(), slope[numbers[(49,)]])
     assert slope.abs().max() > 1e-3
+
+
+def test_how_near_the_path_crps_of_digits_is_to_the_whole():
+    """Log-normal forecasts that are right about their own width, prices spelt in digits: in ln price the path CRPS has
+    about the size of the CRPS of the whole distribution and goes up and down with it; in dollars much less so."""
+    rng, tree, full = np.random.default_rng(0), PriceTree.build(digits), paths_of(digits)
+    below, d = tree.below(), np.arange(PRICES)
+    x = np.log(np.maximum(d, 0.5))
+    found = {}
+    for scale in CRPS_SCALES:
+        crps = AnswerLoss("crps", tree, 0.1, "cpu", crps_scale=scale).path_crps
+        scores = []
+        for _ in range(400):
+            price, width = int(np.clip(np.exp(rng.normal(4.6, 1.2)), 1, 999)), rng.uniform(0.2, 0.9)
+            centre = np.log(price) + width * rng.normal()
+            forecast = np.exp(-0.5 * ((x - centre) / width) ** 2 - x) + 1e-9
+            forecast /= forecast.sum()
+            chance = below @ torch.tensor(forecast)  # of each node
+            nodes = [tree.number[full[price][:s]] for s in range(len(full[price]))]
+            logits = torch.full((len(nodes), len(tree.choices)), -1e9, dtype=torch.float64)
+            for child in range(1, len(tree.parent)):
+                if tree.parent[child] in nodes:
+                    logits[nodes.index(tree.parent[child]), tree.choice[child]] = chance[child].log()
+            rows = torch.tensor([crps.row[node] for node in nodes])
+            taken = torch.tensor([tree.choices.index(token) for token in full[price]])
+            scores.append([brute_crps(forecast, point(price), scale), float(crps(logits, rows, taken))])
+        whole_score, path_score = np.array(scores).T
+        found[scale] = np.corrcoef(whole_score, path_score)[0, 1], path_score.mean() / whole_score.mean()
+    assert found["log"][0] > 0.7 and 0.8 < found["log"][1] < 1.5, found
+    assert found["dollars"][0] > 0.2, found
 
 
 # ---- what holds for all --------------------------------------------------------------------------------------------
