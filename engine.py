@@ -112,7 +112,7 @@ class Step:
     def __call__(self, window: list[Batch], rate: float) -> "Outcome":
         """Queue one step; at most `accumulate` batches, fewer at the end of a run. Returns at once."""
         clock = Clock(self.device)
-        supervised = sum(batch.supervised for batch in window)
+        supervised = sum(self.loss.supervised(batch) for batch in window)  # tokens that carry loss
         self.scalars.push({"rate": np.float32(rate), "weight": np.float32(1 / supervised), "idle": np.float32(0)})
         for number, feed in enumerate(self.feeds):
             batch = window[number] if number < len(window) else pack([], self.shape)

@@ -47,7 +47,7 @@ from pricing.console import show_example
 from pricing.decode import PriceTree, pick
 from pricing.intervals import conformal_offsets
 from pricing.items import Item, sample
-from pricing.loss import LOSSES, AnswerLoss
+from pricing.loss import CRPS_SCALES, LOSSES, AnswerLoss
 from pricing.prompt import encode_items, encode_prompt, load_prompt
 from pricing.sources import load_items
 
@@ -88,13 +88,23 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         "--loss",
         default="answer",
         choices=LOSSES,
-        help="answer: plain cross-entropy; soft: near prices count as nearly right",
+        help="answer: plain cross-entropy; price: without the .00; crps: price and the CRPS of its distribution; "
+        "soft: near prices count as nearly right",
     )
     group.add_argument(
         "--soft-width",
         type=float,
         default=0.1,
         help="relative width of the soft loss's neighbourhood of the true price",
+    )
+    group.add_argument(
+        "--crps-weight",
+        type=float,
+        default=1.0,
+        help="nats for each unit of an item's CRPS (see --crps-scale; in dollars it is some 100 times larger)",
+    )
+    group.add_argument(
+        "--crps-scale", default="log", choices=CRPS_SCALES, help="unit of the CRPS: ln price, or dollars"
     )
     group.add_argument("--epochs", type=float, default=1.0, help="passes over the training items")
     group.add_argument("--max-steps", type=int, default=None, help="stop after this many optimiser steps")
@@ -148,8 +158,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")}
     if args.resume and (others := given - {"--resume", "--out", "--device"}):
         parser.error(f"--resume goes on with the options of the first start; leave out {', '.join(sorted(others))}")
-    above_zero = ("epochs", "lr", "clip", "soft_width", "max_minutes", "max_steps", "val_every", "save_every")
-    for name in (*above_zero, "patience", "train_items"):
+    above_zero = ("epochs", "lr", "clip", "soft_width", "crps_weight", "max_minutes", "max_steps", "val_every")
+    for name in (*above_zero, "save_every", "patience", "train_items"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
     return args
@@ -197,7 +207,9 @@ def main() -> None:
     config, tokenizer, directory = open_base(args.model)
     examples = encode_items(train_items, tokenizer, args.max_tokens, prompt)
     tree = PriceTree.build(tokenizer.encode_answer)
-    loss = AnswerLoss(args.loss, tree, args.soft_width, device)
+    loss = AnswerLoss(
+        args.loss, tree, args.soft_width, device, crps_weight=args.crps_weight, crps_scale=args.crps_scale
+    )
     shape = shape_of(examples, args.batch_tokens)
 
     # ---- model: each linear is quantised as it is read, then freeze and inject -------------------------------------
@@ -251,7 +263,7 @@ def main() -> None:
         print(f"memory     {reason}")
     print(
         f"tokens     {sum(lengths):,} an epoch, {np.mean(lengths):.0f} an item, "
-        f"of which {np.mean([len(e.answer) for e in examples]):.1f} carry the loss"
+        f"of which {np.mean([loss.learnt(e) for e in examples]):.1f} carry the loss"
     )
     if cut := sum(e.cut for e in examples):
         print(f"           {cut:,} texts are longer than --max-tokens {args.max_tokens} and were cut")
@@ -260,7 +272,8 @@ def main() -> None:
         f"{'one recorded CUDA graph each' if train_step.replay else 'run line by line'}; "
         "first item, what is learnt in colour:"
     )
-    print(show_example(next(batches(examples, shape, args.seed))[0], tokenizer), flush=True)
+    first = next(batches(examples, shape, args.seed))[0]
+    print(show_example(first, tokenizer, loss.learnt(first)), flush=True)
 
     def save() -> None:
         """A whole checkpoint directory, under its name only when complete."""

@@ -15,10 +15,11 @@ def paint(text: str, colour: str) -> str:
     return f"\033[{CODES[colour]}m{text}\033[0m"
 
 
-def show_example(example: Example, tokenizer) -> str:
-    """The decoded prompt, and in [brackets] and colour the tokens that carry the loss."""
-    answer = "".join(f"[{tokenizer.decode([token])}]" for token in example.answer)
-    return "  | " + (tokenizer.decode(example.prompt) + paint(answer, "learnt")).replace("\n", "\n  | ")
+def show_example(example: Example, tokenizer, learnt: int) -> str:
+    """The decoded prompt and answer, with its first `learnt` tokens, which carry the loss, in [brackets] and colour."""
+    answer = "".join(f"[{tokenizer.decode([token])}]" for token in example.answer[:learnt])
+    rest = tokenizer.decode(example.answer[learnt:])
+    return "  | " + (tokenizer.decode(example.prompt) + paint(answer, "learnt") + rest).replace("\n", "\n  | ")
 
 
 def show_guess(title: str, truth: float, guess: float, colour: str) -> str:

@@ -1,7 +1,12 @@
-"""What the model is taught: the tokens of the answer, as they are or with near prices as nearly right.
+"""What the model is taught: the tokens of the answer, the price alone, or to be near as well as right.
+
+    python train.py --bits 4 --loss crps --crps-weight 2          python -m pytest tests/test_loss.py
 
 `answer`: cross-entropy on the tokens of `123.00`. To it, 124 is as wrong as 900: every wrong digit costs the same,
 and the third digit, mostly noise, asks for as much as the first.
+
+`price`: the same on the tokens that choose the price and no others: 1, 2, 3 of `123.00`, but 1, 2 and "." of `12.00`
+(that "." says that no digit follows). The rest is the same for every item, and carries no loss and is not counted.
 
 `soft`: the one right price is replaced by a distribution q over whole dollars, log-normal around the true price with
 relative width `width` (0.1: two thirds of it within 10 %). Along the true digits, each step then has a soft target:
@@ -13,6 +18,39 @@ to 119), the second as 8 and its neighbours. In terms of q and the model's P, wi
 the part of the cross-entropy of q and P that one path carries; no further forward is needed. What follows the price
 (".00") stays plain cross-entropy. For a tokeniser with one token a price, s is one step and the loss is the whole
 cross-entropy.
+
+`crps`: `price` + `crps_weight` * path CRPS. The continuous ranked probability score (Gneiting and Raftery 2007,
+doi.org/10.1198/016214506000001437, equation 20) of a distribution over whole dollars, F its cumulative sum, is
+
+    CRPS(F, y) = sum_d w(d) (F(d) - 1[d >= y])^2,      w(d) = x(d + 1) - x(d)
+
+with x(d) = d (`dollars`) or x(d) = ln max(d, 0.5) (`log`; 0 dollars, which is 0.50 on, stands at 0.50). A forecast of
+one sure price a has the score |x(a) - x(y)|: the absolute error, in dollars or in ln price. Least, in expectation, at
+the true distribution, and 0 only where all is on y.
+
+One token a price: F is known from one position, and this is what is computed, exactly. Digit by digit, teacher forcing
+gives logits along the true path alone: at its node s, the chance p_s(c) of each next token c, given that one of them
+follows, but not what the model would write after a wrong c. So each step is scored by itself. Let U_c spread a mass
+evenly over the prices below c (as decode.py shares out a node that it does not open), U_c(d) its cumulative sum, and
+c* the true token; F_s = sum_c p_s(c) U_c is what the step forecasts, and U_c* is all that it can know of the truth:
+
+    path CRPS = sum_s sum_d w(d) (F_s(d) - U_c*(d))^2 = sum_s sum_d w(d) (sum_c (p_s(c) - 1[c = c*]) U_c(d))^2
+
+Exact: every p_s(c), and with one step the whole. Approximated: the distance of two branches, taken between their
+even spreads, and the sum, which is not the CRPS of the whole distribution: a step counts in full though the model may
+have thought it unlikely to be reached (as in cross-entropy). What this form keeps, and why it was chosen: it is a
+strictly proper score. The expectation of step s is sum_d w(d) (sum_c (p_s(c) - h_s(c)) U_c(d))^2 + what no forecast
+changes, h_s being the true chances, so it is least at p_s = h_s whatever lies inside the branches. The CRPS of the
+whole distribution with only the true path opened, though nearer in form, has not this property: its coarsening depends
+on y, and inside a branch of chance p < 1 it rewards crowding to the middle (tests/test_loss.py holds both to it).
+For simulated log-normal forecasts of digit-spelt prices it correlates with the CRPS of the whole distribution by 0.8
+and is 1.2 times as large in ln price; in dollars by only 0.3 to 0.4, and 2.4 times: so `log` is the default.
+
+Chances are taken given that a price goes on: what is lost to other tokens is the cross-entropy's to mend.
+
+Scale: cross-entropy and path CRPS are both summed over the items of a window and divided by the same number, its
+supervised tokens. So `crps_weight` is nats for each dollar (or each unit of ln price) of an item's CRPS, whatever the
+batch, and what is minimised is (nats an item + crps_weight * CRPS an item) / (price tokens an item).
 """
 
 import numpy as np
@@ -24,7 +62,50 @@ from pricing.batch import Batch
 from pricing.decode import PRICES, PriceTree
 from pricing.prompt import Example
 
-LOSSES = ("answer", "soft")
+LOSSES = ("answer", "price", "crps", "soft")
+CRPS_SCALES = ("log", "dollars")
+
+
+def crps_weights(scale: str) -> Tensor:
+    """w(d) = x(d + 1) - x(d), in dollars or in ln price; the last is 0, as every F has reached 1 there
+    # (PRICES,) float64"""
+    x = torch.arange(PRICES, dtype=torch.float64)
+    if scale == "log":
+        x = x.clamp(min=0.5).log()
+    elif scale != "dollars":
+        raise ValueError(f"unknown scale {scale!r} of the CRPS; choose from {', '.join(CRPS_SCALES)}")
+    return torch.cat([x.diff(), x.new_zeros(1)])
+
+
+class PathCRPS:
+    """The path CRPS (above) as tables by node, one row more for positions that choose no price, and the gathers that
+    score by them. Besides the tables (nodes, PRICES), memory is a few arrays (M, PRICES) of the logits' type."""
+
+    def __init__(self, tree: PriceTree, scale: str, device: torch.device | str):
+        nodes, k, below = len(tree.parent), len(tree.choices), tree.below()
+        inner = [node for node in range(nodes) if tree.leaf[node] is None]
+        self.row = {node: row for row, node in enumerate(inner)}  # of an inner node
+        self.nowhere = len(inner)
+        allowed = torch.zeros(len(inner) + 1, k, dtype=torch.bool)  # may this choice follow?
+        allowed[-1] = True
+        owner = torch.zeros(len(inner) + 1, PRICES, dtype=torch.long)  # the choice that a price lies below
+        size = torch.full((len(inner) + 1, PRICES), torch.inf)  # the prices that share its mass; inf: none of it
+        for node in range(1, nodes):
+            row, prices = self.row[tree.parent[node]], below[node].bool()
+            allowed[row, tree.choice[node]] = True
+            owner[row, prices] = tree.choice[node]
+            size[row, prices] = prices.sum().float()
+        self.allowed, self.owner, self.size = (table.to(device) for table in (allowed, owner, size))
+        self.weights = crps_weights(scale).to(device)
+        self.k = torch.arange(k, device=device)
+
+    def __call__(self, logits: Tensor, rows: Tensor, taken: Tensor) -> Tensor:
+        """Logits of the choices (M, k), rows of the tables (M,), index of the true choice (M,) -> sum over M, ()"""
+        chances = logits.masked_fill(~self.allowed[rows], -torch.inf).softmax(dim=1)  # (M, k)
+        excess = chances - (self.k == taken[:, None]).to(logits.dtype)  # p_s(c) - 1[c = c*]
+        # Mass by price, then the cumulative sum; no (M, k, PRICES) is ever made.
+        reached = (excess.gather(1, self.owner[rows]) / self.size[rows]).cumsum(dim=1)  # (M, PRICES)
+        return (reached.square() @ self.weights.to(logits.dtype)).sum()
 
 
 class AnswerLoss:
@@ -32,8 +113,13 @@ class AnswerLoss:
     window. In two halves: `prepare` knows the examples and runs on the CPU, the call is tensors only, of fixed sizes,
     so that it can be recorded once and replayed (engine.py)."""
 
-    def __init__(self, kind: str, tree: PriceTree, width: float, device: torch.device | str):
-        self.kind, self.tree, self.width = kind, tree, width
+    def __init__(
+        self, kind: str, tree: PriceTree, width: float, device: torch.device | str, *,
+        crps_weight: float = 1.0, crps_scale: str = "log",
+    ):  # fmt: skip
+        if kind not in LOSSES:
+            raise ValueError(f"unknown loss {kind!r}; choose from {', '.join(LOSSES)}")
+        self.kind, self.tree, self.width, self.crps_weight = kind, tree, width, crps_weight
         below = tree.below()  # (nodes, PRICES) float64
         # child[node, c] is the node that choice c leads to; one more row of `below`, all zeros, stands for "nowhere".
         self.child = torch.full((len(tree.parent), len(tree.choices)), len(tree.parent))
@@ -41,6 +127,26 @@ class AnswerLoss:
             self.child[tree.parent[node], tree.choice[node]] = node
         self.below = torch.cat([below, torch.zeros(1, PRICES)])
         self.choices = torch.tensor(tree.choices, device=device)
+        self.index = {token: i for i, token in enumerate(tree.choices)}
+        self.path_crps = PathCRPS(tree, crps_scale, device) if kind == "crps" else None
+
+    def path(self, example: Example) -> list[int]:
+        """The inner nodes that the answer passes, one for each of its first tokens: those that choose the price"""
+        nodes = []
+        for step in range(len(example.answer)):
+            node = self.tree.number.get(tuple(example.answer[:step]))
+            if node is None or self.tree.leaf[node] is not None:
+                break  # the price is complete
+            nodes.append(node)
+        return nodes
+
+    def learnt(self, example: Example) -> int:
+        """How many of the answer's tokens, from its first, carry loss"""
+        return len(self.path(example)) if self.kind in ("price", "crps") else len(example.answer)
+
+    def supervised(self, batch: Batch) -> int:
+        """Tokens of the batch that carry loss: what its sum is divided by, window by window"""
+        return sum(self.learnt(example) for example in batch.examples)
 
     def neighbours(self, prices: list[float]) -> Tensor:
         """q: the probability of each whole dollar around the true price, rows summing to one  # (B, PRICES)"""
@@ -52,32 +158,37 @@ class AnswerLoss:
         q = reached.diff(dim=1)
         return q / q.sum(1, keepdim=True)
 
-    def soft_targets(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
-        """Which of the M answer positions choose the price, and for those q(token | path so far)  # (P,), (P, k)"""
-        mass = self.neighbours([example.price for example in examples]) @ self.below.T  # (B, nodes + 1)
-        positions, rows, nodes, start = [], [], [], 0
-        for row, example in enumerate(examples):
-            for step in range(len(example.answer)):
-                node = self.tree.number.get(tuple(example.answer[:step]))
-                if node is None or self.tree.leaf[node] is not None:
-                    break  # the price is complete
-                positions.append(start + step)
-                rows.append(row)
-                nodes.append(node)
-            start += len(example.answer)
-        target = mass[torch.tensor(rows)[:, None], self.child[torch.tensor(nodes)]]  # (P, k)
-        return torch.tensor(positions), target / target.sum(1, keepdim=True)
+    def steps(self, examples: list[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the tokens that choose a price: index among the M answer positions, example, node  # (P,) each"""
+        paths = [self.path(example) for example in examples]
+        starts = np.cumsum([0] + [len(example.answer) for example in examples])
+        positions = [start + step for start, path in zip(starts, paths, strict=False) for step in range(len(path))]
+        rows = [row for row, path in enumerate(paths) for _ in path]
+        nodes = [node for path in paths for node in path]
+        return np.array(positions, np.int64), np.array(rows, np.int64), np.array(nodes, np.int64)
 
     def prepare(self, batch: Batch) -> dict[str, np.ndarray]:
-        """What the call needs besides logits: `targets` (M,), -100 for none; for `soft` also `target_shares` (M, k)"""
+        """What the call needs besides logits: `targets` (M,), -100 for none; for `soft` also `target_shares` (M, k);
+        for `crps` also `rows` and `taken` (M,), the node's row in the tables and the index of the true choice"""
         if self.kind == "answer":
             return {"targets": batch.targets}
-        targets = batch.targets.copy()
-        shares = np.zeros((len(targets), len(self.tree.choices)), np.float32)
-        if batch.examples:
-            positions, target = self.soft_targets(batch.examples)
-            shares[positions], targets[positions] = target, -100
-        return {"targets": targets, "target_shares": shares}
+        positions, rows, nodes = self.steps(batch.examples)
+        if self.kind == "soft":
+            targets = batch.targets.copy()
+            shares = np.zeros((len(targets), len(self.tree.choices)), np.float32)
+            if batch.examples:
+                q = self.neighbours([example.price for example in batch.examples])
+                below = (q @ self.below.T)[torch.tensor(rows)[:, None], self.child[torch.tensor(nodes)]]  # (P, k)
+                shares[positions], targets[positions] = below / below.sum(1, keepdim=True), -100
+            return {"targets": targets, "target_shares": shares}
+        targets = np.full_like(batch.targets, -100)
+        targets[positions] = batch.targets[positions]
+        if self.kind == "price":
+            return {"targets": targets}
+        table_rows, taken = np.full_like(targets, self.path_crps.nowhere), np.zeros_like(targets)
+        table_rows[positions] = [self.path_crps.row[node] for node in nodes]
+        taken[positions] = [self.index[token] for token in targets[positions]]
+        return {"targets": targets, "rows": table_rows, "taken": taken}
 
     def __call__(self, logits: Tensor, prepared: dict[str, Tensor]) -> Tensor:
         """Logits (M, V) float32 at the answer positions -> () nats, summed over the tokens that have a target"""
@@ -85,4 +196,7 @@ class AnswerLoss:
         if self.kind == "soft":
             log_probs = logits[:, self.choices] - logits.logsumexp(dim=1, keepdim=True)  # (M, k)
             loss = loss - (prepared["target_shares"] * log_probs).sum()
+        if self.kind == "crps":
+            score = self.path_crps(logits[:, self.choices], prepared["rows"], prepared["taken"])
+            loss = loss + self.crps_weight * score
         return loss

@@ -6,13 +6,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import our_model
-from torch.nn.functional import cross_entropy
 
 from llama.attention import Layout
-from pricing.batch import pack, shape_of
 from pricing.decode import PRICES, PriceTree, greedy_prices, pick, price_distribution, quantile
-from pricing.loss import AnswerLoss
-from pricing.prompt import Example
 
 PROMPTS = [[20, 21, 22, 23, 24], [30, 31], list(range(40, 61))]
 
@@ -221,72 +217,3 @@ def test_senseless_spelling_and_broken_models_are_refused():
     nan = torch.full((1, 11), float("nan"))
     with pytest.raises(ValueError, match="no finite probability"):
         price_distribution(lambda p, c: (nan, None, None), None, [[1]], PriceTree.build(digits), prune=0.1)
-
-
-# ---- the losses ----------------------------------------------------------------------------------------------------
-
-
-def example(price, encode=digits, prompt=(5, 6)):
-    return Example(list(prompt), encode(f"{int(price + 0.5)}.00"), price)
-
-
-def packed(examples, kind="answer", encode=digits, width=0.1):
-    """(the loss as a function of logits alone, the batch)"""
-    loss, batch = AnswerLoss(kind, PriceTree.build(encode), width, "cpu"), pack(examples, shape_of(examples, 64))
-    arrays = {name: torch.as_tensor(array) for name, array in loss.prepare(batch).items()}
-    return lambda logits: loss(logits, arrays), batch
-
-
-def test_answer_loss_is_plain_cross_entropy():
-    loss, batch = packed([example(123.4), example(7)])
-    logits = torch.randn(len(batch.targets), 300, generator=torch.Generator().manual_seed(0))
-    real = batch.supervised
-    expected = cross_entropy(logits[:real], torch.tensor(batch.targets[:real]), reduction="sum")
-    torch.testing.assert_close(loss(logits), expected)
-
-
-@pytest.mark.parametrize("encode", [digits, whole, pairs])
-@pytest.mark.parametrize("price", [0.5, 7.0, 9.6, 98.0, 123.4, 999.2])
-def test_soft_targets_equal_their_definition(encode, price):
-    """q(token | path) by adding up q over the spellings that go on with it; the rest of the answer stays hard."""
-    one, width = example(price, encode), 0.15
-    loss, batch = packed([example(55.0, encode), one], "soft", encode, width)
-    logits = torch.randn(len(batch.targets), 2100, generator=torch.Generator().manual_seed(1)).double()
-    q = AnswerLoss("soft", PriceTree.build(encode), width, "cpu").neighbours([price])[0].double()
-    spelt = [tuple(encode(str(n))) for n in range(PRICES)]
-    begins = {s[:i] for s in spelt for i in range(len(s))}
-    full = [s + tuple(encode(".")) if s in begins else s for s in spelt]
-    expected, start = 0.0, batch.supervised - len(one.answer)
-    for step, token in enumerate(one.answer):
-        log_probs = logits[start + step].log_softmax(0)
-        path = tuple(one.answer[:step])
-        below = [n for n in range(PRICES) if full[n][:step] == path and len(full[n]) > step]
-        if below:
-            for n in below:
-                expected -= q[n] / q[below].sum() * log_probs[full[n][step]]
-        else:
-            expected -= log_probs[token]
-    rest, _ = packed([example(55.0, encode)], "soft", encode, width)
-    torch.testing.assert_close(loss(logits) - rest(logits[:start]), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_soft_neighbours_are_log_normal_around_the_price():
-    q = AnswerLoss("soft", PriceTree.build(digits), 0.1, "cpu").neighbours([200.0, 3.0])
-    torch.testing.assert_close(q.sum(1), torch.ones(2, dtype=torch.float64))
-    values = torch.arange(PRICES).float()
-    inside = (values > 200 * np.exp(-0.1)) & (values < 200 * np.exp(0.1))
-    assert abs(q[0][inside].sum() - 0.6827) < 0.02  # one sigma
-    assert q[0].argmax() in (197, 198, 199, 200) and q[1].argmax() == 3
-
-
-def test_a_narrow_neighbourhood_is_the_hard_loss():
-    examples = [example(98.0), example(123.0), example(640.0)]
-    (soft, batch), (hard, _) = (packed(examples, kind, width=1e-5) for kind in ("soft", "answer"))
-    logits = torch.randn(len(batch.targets), 300, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(soft(logits), hard(logits))
-
-
-def test_soft_gradient_against_finite_differences():
-    loss, batch = packed([example(98.0), example(310.0)], "soft")
-    logits = torch.randn(len(batch.targets), 60, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    assert torch.autograd.gradcheck(loss, logits.requires_grad_())

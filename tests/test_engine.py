@@ -20,6 +20,9 @@ class Loss:
     def prepare(self, batch):
         return {"targets": batch.targets}
 
+    def supervised(self, batch):
+        return batch.supervised
+
     def __call__(self, logits, arrays):
         return torch.nn.functional.cross_entropy(logits, arrays["targets"], reduction="sum", ignore_index=-100)
 
