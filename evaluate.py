@@ -1,6 +1,7 @@
 """Price the held-out items of a run, honestly: how far off, in dollars, beside guesses that need no language model.
 
     python evaluate.py --ckpt out/
+    python evaluate.py --ckpt out/ --decode head                   by the head that `python -m pricing.head` trained
     python evaluate.py --ckpt out/ --baselines                     a random forest and others beside it
     python evaluate.py --compare a/report b/report                 which of two runs is better, and how surely
 
@@ -21,7 +22,9 @@ from pricer import (
     add_model_arguments,
     check_same_data,
     distributions,
+    head_states,
     load_run,
+    open_head,
     pick_device,
     pick_dtype,
     read_run,
@@ -48,7 +51,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", default=None, help="other data than the run's (its test split is priced)")
     parser.add_argument("--items", type=int, default=None, help="price a fixed sample of so many test items")
     parser.add_argument(
-        "--decode", default="median", choices=PICKS, help="how one price is chosen from the distribution"
+        "--decode",
+        default="median",
+        choices=[*PICKS, "head", "blend"],
+        help="how one price is chosen from the distribution; head: not from it, but by the trained head; "
+        "blend: half way, in log price, between the two medians",
     )
     parser.add_argument(
         "--prune", type=float, default=1e-3, help="digit-tree nodes with less probability are not opened"
