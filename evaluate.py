@@ -35,6 +35,7 @@ from pricing.baselines import run_baselines
 from pricing.catalogue import least_error
 from pricing.console import show_guess, table
 from pricing.decode import PICKS, PriceTree, greedy_prices, pick
+from pricing.head import blend
 from pricing.intervals import SHARE, central_range
 from pricing.items import sample
 from pricing.metrics import colour, paired_difference, score
@@ -78,17 +79,17 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def guess_prices(model, tree, prompts, args, on_guess=None) -> tuple[np.ndarray, np.ndarray, int]:
+def guess_prices(model, tree, prompts, args, decode: str, on_guess=None) -> tuple[np.ndarray, np.ndarray, int]:
     """(guesses (items,) dollars, distributions (items, 1000), parse failures); `on_guess(indices, guesses)` as they
     come."""
     guesses = np.full(len(prompts), np.nan)
-    functions = tree_functions(model, prompts) if args.decode == "greedy" else ()
+    functions = tree_functions(model, prompts) if decode == "greedy" else ()
 
     def on_batch(indices, p):
-        if args.decode == "greedy":
+        if decode == "greedy":
             guesses[indices] = greedy_prices(*functions, [prompts[i] for i in indices], tree)
         else:
-            guesses[indices] = pick(p, args.decode)
+            guesses[indices] = pick(p, decode)
         if on_guess:
             on_guess(indices, guesses[indices])
 
@@ -103,6 +104,8 @@ def main() -> None:
     run = read_run(args.ckpt)
     options = run["options"]
     device = pick_device(args.device)
+    head = open_head(args.ckpt) if args.decode in ("head", "blend") else None
+    decode = "median" if head else args.decode  # of the distribution
     items, _, identity = load_items(options["data"], options["size"], options["data_seed"], options["strict"])
     check_same_data(run, identity)
     train = [item for item in items if item.split == "train"]
@@ -131,12 +134,21 @@ def main() -> None:
                 tqdm.write(show_guess(test[i].title, truth[i], guess, colour(truth[i], guess)))
 
     started = time.perf_counter()
-    guess, p, failures = guess_prices(model, tree, prompts, args, show)
+    if head:
+        states = head_states(model, prompts, head.settings, args.batch_tokens)
+        guess, interval, failures = head.median(states), head.interval(states, SHARE), 0
+        if args.decode == "blend":
+            median, p, _ = guess_prices(model, tree, prompts, args, decode)
+            guess = blend(guess, median)
+            interval = tuple(map(blend, interval, central_range(p, SHARE)))
+        show(range(len(test)), guess)
+    else:
+        guess, p, failures = guess_prices(model, tree, prompts, args, decode, show)
+        interval = central_range(p, SHARE)
     seconds = time.perf_counter() - started
     bar.close()
     # A greedy text that is no price says nothing: it is priced like an unknown product, and counted.
     guess = np.where(np.isnan(guess), fallback, guess)
-    interval = central_range(p, SHARE)
     metrics = score(truth, guess, constant, categories, failures, interval)
     metrics |= {"seconds": round(seconds, 2), "decode": args.decode, "share": SHARE}
     comparison = {"fine-tuned": metrics}
@@ -151,7 +163,7 @@ def main() -> None:
             layer.lora_B.data.zero_()  # B = 0 is the base model, bit for bit
         started = time.perf_counter()
         with tqdm(total=len(test), unit="item", desc="untuned model") as bar:
-            plain, _, failed = guess_prices(model, tree, prompts, args, lambda indices, _: bar.update(len(indices)))
+            plain, _, failed = guess_prices(model, tree, prompts, args, decode, lambda i, _: bar.update(len(i)))
         plain = np.where(np.isnan(plain), fallback, plain)
         add("untuned model", plain, round(time.perf_counter() - started, 2), failed)
     for name, result in run_baselines(train, test, args.baselines, device).items():
@@ -162,10 +174,12 @@ def main() -> None:
         metrics["least_mae"] = float(np.mean([least_error(item.fair_price) for item in test]))
 
     # ---- report ----------------------------------------------------------------------------------------------------
+    by = {"head": "the head's median", "blend": "the medians of head and distribution, blended"}
+    by = by.get(args.decode, f"{args.decode} of the distribution over whole dollars")
     about = (
         f"{options['model']}, {options['bits']} bits, LoRA rank {options['rank']} on {options['targets']}, "
-        f"{run['steps']:,} steps on {len(train):,} items of {options['data']}; {args.decode} of the distribution over "
-        f"whole dollars; test items of {args.data or options['data']}, split by title."
+        f"{run['steps']:,} steps on {len(train):,} items of {options['data']}; {by}; "
+        f"test items of {args.data or options['data']}, split by title."
     )
     out = Path(args.ckpt) / "report"
     with write_directory(out) as part:

@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Callable
 
@@ -337,13 +337,21 @@ def adapter_digest(ckpt: str | Path) -> str:
     return hashlib.sha256((Path(ckpt) / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def head_states(
-    ckpt: str | Path, run: dict, model: Llama, prompts: list[list[int]], settings: dict, batch_tokens: int | None
-) -> np.ndarray:
-    """What a head with `settings` (states, blocks, mean) reads of each prompt (items, I).
+def head_states(model: Llama, prompts: list[list[int]], settings: dict, batch_tokens: int | None) -> np.ndarray:
+    """What a head with `settings` (states, blocks, mean) reads of each prompt (items, I) float32."""
+    passes = {"tuned": [nullcontext], "untuned": [without_adapter], "both": [nullcontext, without_adapter]}
+    passes, parts = passes[settings["states"]], []
+    with tqdm(total=len(passes) * len(prompts), desc="states", unit="item", leave=False) as bar:
+        for context in passes:
+            with context(model):
+                options = settings["blocks"], settings["mean"], lambda indices: bar.update(len(indices))
+                parts.append(last_states(model, prompts, batch_tokens, *options))
+    return np.concatenate(parts, axis=1)
 
-    Kept in the checkpoint's states/, under a hash of all that decides them: adapter, base, precision, token ids.
-    """
+
+def kept_states(ckpt: str | Path, run: dict, model: Llama, prompts: list, settings: dict, batch_tokens) -> np.ndarray:
+    """head_states, kept in the checkpoint's states/ under a hash of all that decides them: adapter, base, precision,
+    which states, token ids."""
     keys = ("bits", "blocksize", "double_quant")
     which = [settings[key] for key in ("states", "blocks", "mean")]
     precision = [str(model.compute_dtype), model.device.type, [run["options"][key] for key in keys]]
@@ -353,17 +361,7 @@ def head_states(
         return load_file(path)["states"].numpy()
     except (OSError, SafetensorError, KeyError):  # not there, or damaged: computed again
         pass
-    passes = {"tuned": ["tuned"], "untuned": ["untuned"], "both": ["tuned", "untuned"]}[settings["states"]]
-    parts = []
-    with tqdm(total=len(passes) * len(prompts), desc="states", unit="item", leave=False) as bar:
-        for kind in passes:
-            options = settings["blocks"], settings["mean"], lambda indices: bar.update(len(indices))
-            if kind == "tuned":
-                parts.append(last_states(model, prompts, batch_tokens, *options))
-            else:
-                with without_adapter(model):
-                    parts.append(last_states(model, prompts, batch_tokens, *options))
-    states = np.concatenate(parts, axis=1)
+    states = head_states(model, prompts, settings, batch_tokens)
     path.parent.mkdir(exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".states-", delete=False) as part:
         save_file({"states": torch.from_numpy(states)}, part.name)
@@ -376,7 +374,8 @@ def open_head(ckpt: str | Path) -> Head:
     head = load_head(ckpt)
     if head.settings.get("adapter") != adapter_digest(ckpt):
         raise ValueError(
-            f"the head in {ckpt} was trained on the states of another adapter; run `python -m pricing.head --ckpt {ckpt}`"
+            f"the head in {ckpt} was trained on the states of another adapter; "
+            f"train it anew with `python -m pricing.head --ckpt {ckpt}`"
         )
     return head
 
@@ -408,7 +407,7 @@ def train_head(args: argparse.Namespace, recipe: Recipe) -> None:
     started, parts = time.perf_counter(), []
     for chosen in by_split.values():
         prompts = [encode_prompt(item.text, tokenizer, options["max_tokens"], run["prompt"]) for item in chosen]
-        parts.append(head_states(args.ckpt, run, model, prompts, settings, args.batch_tokens))
+        parts.append(kept_states(args.ckpt, run, model, prompts, settings, args.batch_tokens))
     states = np.concatenate(parts)
     print(
         f"states     {args.states}, after block {', '.join(map(str, blocks))}{' and their means' * args.mean}: "

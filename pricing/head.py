@@ -1,7 +1,7 @@
 """A small network that reads a price off the language model's states: quantiles of the log price.
 
-    python -m pricing.head --ckpt out/            states once, then some seconds of training; writes out/head.safetensors
-    python evaluate.py --ckpt out/ --decode head
+    python -m pricing.head --ckpt out/              read the states once, then train for some seconds
+    python evaluate.py --ckpt out/ --decode head              predict.py uses the head without being asked
 
 The language model is frozen: each prompt becomes one vector (its states after some blocks, see pricer.last_states),
 and a multilayer perceptron learns the quantiles q = 0.05, 0.10, ... 0.95 of the log price from it by the pinball loss
@@ -114,14 +114,13 @@ class Head(nn.Module):
         """(n, I) array or tensor -> (n, I) float32, each column of mean 0 and spread 1 over the training items"""
         states = torch.as_tensor(states, dtype=torch.float32, device=self.mean.device)
         if states.ndim != 2 or states.shape[1] != self.inputs:
-            raise ValueError(
-                f"the head reads {self.inputs} numbers an item, the states are {tuple(states.shape)}: another base model?"
-            )
+            sizes = f"the head reads {self.inputs} numbers an item, the states are {tuple(states.shape)}"
+            raise ValueError(f"{sizes}: another base model?")
         return (states - self.mean) / self.spread
 
     @torch.no_grad()
     def quantiles(self, states) -> np.ndarray:
-        """The quantiles of the log price at LEVELS, the mean of the members'.  (n, I) -> (n, 19) float64, log dollars"""
+        """Quantiles of the log price at LEVELS, the mean of the members'.  (n, I) -> (n, 19) float64, log dollars"""
         self.eval()
         parts = [
             torch.stack([member(part) for member in self.members]).double().mean(0)
@@ -148,6 +147,11 @@ class Head(nn.Module):
 
 def in_dollars(log_price: np.ndarray) -> np.ndarray:
     return np.clip(np.exp(log_price), MIN_PRICE, MAX_PRICE)
+
+
+def blend(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Half way between two prices in log price, sqrt(one other).  (n,) and (n,) dollars -> (n,) dollars"""
+    return np.sqrt(np.clip(one, MIN_PRICE, MAX_PRICE) * np.clip(other, MIN_PRICE, MAX_PRICE))
 
 
 def fit_member(
