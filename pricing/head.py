@@ -16,7 +16,8 @@ Quantiles cannot cross. The network gives the median m and 18 numbers g, and fro
     f_0.50 = m        f_0.55 = f_0.50 + softplus(g)      f_0.60 = f_0.55 + softplus(g)      ...      likewise downwards
 
 Anchored at the median, not at 0.05, so that the number that matters most is no sum of ten others.
-Training stops by the mean absolute error in dollars on the validation items, and keeps the best epoch. Test items are
+Training stops by the pinball loss in dollars, of exp f, on the validation items, and keeps the best epoch: in dollars
+because the error is measured so, over all quantiles because the median settles long before the ends do. Test items are
 not even read. Several networks from several seeds are averaged, quantile by quantile in log price, which keeps the
 order of the quantiles.
 """
@@ -158,7 +159,7 @@ def fit_member(
     head: Head, member: Member, known: tuple[Tensor, Tensor], held: tuple[Tensor, np.ndarray], recipe: Recipe, seed: int
 ) -> tuple[float, int]:
     """Train one network in place. `known`: standardised states and log prices; `held`: standardised states and
-    dollars. Returns the least validation error in dollars, and its epoch."""
+    dollars. Returns the least validation loss, pinball in dollars, and its epoch."""
     (x, y), (val_x, val_price) = known, held
     levels = torch.tensor(LEVELS, device=x.device)
     batch = min(max(len(x) // 50, 16), recipe.batch)
@@ -177,8 +178,9 @@ def fit_member(
             schedule.step()
         member.eval()
         with torch.no_grad():
-            found = member(val_x)[:, MIDDLE].double() * head.price_spread.double() + head.price_mean.double()
-        error = float(np.abs(in_dollars(found.cpu().numpy()) - val_price).mean())
+            found = member(val_x).double() * head.price_spread.double() + head.price_mean.double()
+        found = torch.from_numpy(in_dollars(found.cpu().numpy()))
+        error = float(pinball(found, torch.from_numpy(val_price), torch.tensor(LEVELS)))
         if error < best:
             best, best_epoch = error, epoch
             kept = {name: value.clone() for name, value in member.state_dict().items()}
@@ -232,7 +234,7 @@ def fit_head(
                     layer.reset_parameters()
             member.start()
             error, epoch = fit_member(head, member, (x, y), (val_x, price["val"]), recipe, seed)
-            say(f"network {number + 1}: validation off by ${error:.2f} after {epoch} of {recipe.epochs} epochs")
+            say(f"network {number + 1}: validation loss ${error:.3f} after {epoch} of {recipe.epochs} epochs")
     head.eval().requires_grad_(False)
     guess, (low, high) = head.median(chosen["val"]), head.interval(chosen["val"])
     head.settings |= {"recipe": vars(recipe), "train": len(x), "val": len(val_x)}
