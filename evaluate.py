@@ -1,6 +1,7 @@
 """Price the held-out items of a run, honestly: how far off, in dollars, beside guesses that need no language model.
 
     python evaluate.py --ckpt out/
+    python evaluate.py --ckpt out/ --decode head                   by the head that `python -m pricing.head` trained
     python evaluate.py --ckpt out/ --baselines                     a random forest and others beside it
     python evaluate.py --compare a/report b/report                 which of two runs is better, and how surely
 
@@ -21,7 +22,9 @@ from pricer import (
     add_model_arguments,
     check_same_data,
     distributions,
+    head_states,
     load_run,
+    open_head,
     pick_device,
     pick_dtype,
     read_run,
@@ -32,6 +35,7 @@ from pricing.baselines import run_baselines
 from pricing.catalogue import least_error
 from pricing.console import show_guess, table
 from pricing.decode import PICKS, PriceTree, greedy_prices, pick
+from pricing.head import blend
 from pricing.intervals import SHARES, central_range, widen
 from pricing.items import sample
 from pricing.leaks import leaks
@@ -52,7 +56,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--items", type=int, default=None, help="price a fixed sample of so many test items")
     parser.add_argument(
-        "--decode", default="median", choices=PICKS, help="how one price is chosen from the distribution"
+        "--decode",
+        default="median",
+        choices=[*PICKS, "head", "blend"],
+        help="how one price is chosen from the distribution; head: not from it, but by the trained head; "
+        "blend: half way, in log price, between the two medians",
     )
     shares = [round(100 * share) for share in SHARES]
     parser.add_argument("--interval", type=int, default=80, choices=shares, help="per cent of prices a range holds")
@@ -77,17 +85,17 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def guess_prices(model, tree, prompts, args, on_guess=None) -> tuple[np.ndarray, np.ndarray, int]:
+def guess_prices(model, tree, prompts, args, decode: str, on_guess=None) -> tuple[np.ndarray, np.ndarray, int]:
     """(guesses (items,) dollars, distributions (items, 1000), parse failures); `on_guess(indices, guesses)` as they
     come."""
     guesses = np.full(len(prompts), np.nan)
-    functions = tree_functions(model, prompts) if args.decode == "greedy" else ()
+    functions = tree_functions(model, prompts) if decode == "greedy" else ()
 
     def on_batch(indices, p):
-        if args.decode == "greedy":
+        if decode == "greedy":
             guesses[indices] = greedy_prices(*functions, [prompts[i] for i in indices], tree)
         else:
-            guesses[indices] = pick(p, args.decode)
+            guesses[indices] = pick(p, decode)
         if on_guess:
             on_guess(indices, guesses[indices])
 
@@ -102,6 +110,8 @@ def main() -> None:
     run = read_run(args.ckpt)
     options = run["options"]
     device = pick_device(args.device)
+    head = open_head(args.ckpt) if args.decode in ("head", "blend") else None
+    decode = "median" if head else args.decode  # of the distribution
     items, _, identity = load_items(options["data"], options["size"], options["data_seed"], options["strict"])
     check_same_data(run, identity)
     train = sample([item for item in items if item.split == "train"], options.get("train_items"))
@@ -129,15 +139,28 @@ def main() -> None:
                 guess = fallback if np.isnan(guess) else guess
                 tqdm.write(show_guess(test[i].title, truth[i], guess, colour(truth[i], guess)))
 
+    share, offsets = args.interval / 100, run.get("intervals", {}).get("offsets", {})
+
+    def middle(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ranges calibrated on validation items by train.py; without those, the model's own middle."""
+        return widen(*central_range(p, share), offsets.get(str(args.interval), 0.0))
+
     started = time.perf_counter()
-    guess, p, failures = guess_prices(model, tree, prompts, args, show)
+    if head:
+        states = head_states(model, prompts, head.settings, args.batch_tokens)
+        guess, interval, failures = head.median(states), head.interval(states, share), 0
+        if args.decode == "blend":
+            median, p, _ = guess_prices(model, tree, prompts, args, decode)
+            guess = blend(guess, median)
+            interval = tuple(map(blend, interval, middle(p)))
+        show(range(len(test)), guess)
+    else:
+        guess, p, failures = guess_prices(model, tree, prompts, args, decode, show)
+        interval = middle(p)
     seconds = time.perf_counter() - started
     bar.close()
     # A greedy text that is no price says nothing: it is priced like an unknown product, and counted.
     guess = np.where(np.isnan(guess), fallback, guess)
-    share, offsets = args.interval / 100, run.get("intervals", {}).get("offsets", {})
-    # Calibrated on validation items by train.py; without those, the model's own middle.
-    interval = widen(*central_range(p, share), offsets.get(str(args.interval), 0.0))
     metrics = score(truth, guess, constant, categories, failures, interval)
     metrics |= {"seconds": round(seconds, 2), "decode": args.decode, "share": share}
     metrics["calibrated"] = str(args.interval) in offsets
@@ -153,7 +176,7 @@ def main() -> None:
             layer.lora_B.data.zero_()  # B = 0 is the base model, bit for bit
         started = time.perf_counter()
         with tqdm(total=len(test), unit="item", desc="untuned model") as bar:
-            plain, _, failed = guess_prices(model, tree, prompts, args, lambda indices, _: bar.update(len(indices)))
+            plain, _, failed = guess_prices(model, tree, prompts, args, decode, lambda i, _: bar.update(len(i)))
         plain = np.where(np.isnan(plain), fallback, plain)
         add("untuned model", plain, round(time.perf_counter() - started, 2), failed)
     for name, result in run_baselines(train, test, args.baselines, device).items():
@@ -169,10 +192,12 @@ def main() -> None:
         metrics["least_mae"] = float(np.mean([least_error(item.fair_price) for item in test]))
 
     # ---- report ----------------------------------------------------------------------------------------------------
+    by = {"head": "the head's median", "blend": "the medians of head and distribution, blended"}
+    by = by.get(args.decode, f"{args.decode} of the distribution over whole dollars")
     about = (
         f"{options['model']}, {options['bits']} bits, LoRA rank {options['rank']} on {options['targets']}, "
-        f"{run['steps']:,} steps on {len(train):,} items of {options['data']}; {args.decode} of the distribution over "
-        f"whole dollars; {args.split} items of {args.data or options['data']}, split by title."
+        f"{run['steps']:,} steps on {len(train):,} items of {options['data']}; {by}; "
+        f"{args.split} items of {args.data or options['data']}, split by title."
     )
     out = Path(args.ckpt) / ("report" if args.split == "test" else "report_val")
     with write_directory(out) as part:

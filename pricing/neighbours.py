@@ -1,0 +1,157 @@
+"""What similar products cost: the nearest training items by tf-idf, as a line for the prompt and as a guess.
+
+    index = build(train_items)                      index.save(path)        Index.load(path)
+    rows, similarity = index.nearest(items, k=5)    price_line(index.prices[rows[0][rows[0] >= 0]])
+    index.guess(items, k=5)                         dollars
+
+A text is the vector of its words and word pairs, each counted as (1 + log tf) (1 + log((1 + n) / (1 + df))), as
+scikit-learn's TfidfVectorizer has it, scaled to length 1; two texts are as near as the cosine of theirs, 0 to 1.
+
+An item is never its own neighbour, and neither is a training item of the same title or the same text: in training its
+price would be the answer, which no new product brings along. Titles are compared as the split compares them (letters
+and digits, lower case), so that one training item sees of the others what a test item would see of all.
+"""
+
+import hashlib
+import os
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pricing.baselines import WORD
+from pricing.items import Item, normalise_title
+
+CELLS = 2**24  # similarities held at a time: 128 MiB
+
+
+def key(text: str) -> int:
+    """64 bits of the sha256 of the letters and digits of a text, lower case"""
+    return int.from_bytes(hashlib.sha256(normalise_title(text).encode()).digest()[:8], "big")
+
+
+def keys_of(items: list[Item]) -> np.ndarray:
+    """Of title and text  # (items, 2) uint64"""
+    return np.array([(key(item.title), key(item.text)) for item in items], np.uint64).reshape(-1, 2)
+
+
+def vectoriser(vocabulary: dict[str, int] | None = None):
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    return TfidfVectorizer(
+        ngram_range=(1, 2), sublinear_tf=True, token_pattern=WORD, vocabulary=vocabulary, dtype=np.float32
+    )
+
+
+@dataclass
+class Index:
+    """Training items to look among."""
+
+    words: list[str]  # the vocabulary, by column
+    idf: np.ndarray  # (W,) float32
+    matrix: object  # scipy CSR (n, W) float32, rows of length 1
+    prices: np.ndarray  # (n,) dollars
+    keys: np.ndarray  # (n, 2) uint64, of title and text
+
+    def nearest(self, items: list[Item], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest training items of each item, nearest first: rows (items, k), and similarities (items, k).
+
+        Where fewer share a word with it, the rest is row -1 of similarity 0. Raises ValueError for k below 1.
+        """
+        if k < 1:
+            raise ValueError(f"--neighbours must be at least 1, got {k}")
+        vectors = vectoriser({word: column for column, word in enumerate(self.words)})
+        vectors.idf_ = self.idf
+        asked, keys = vectors.transform([item.text for item in items]), keys_of(items)
+        rows, similarity = np.full((len(items), k), -1), np.zeros((len(items), k), np.float32)
+        size, known = max(1, CELLS // len(self.prices)), self.matrix.T.tocsr()
+        for start in range(0, len(items), size):
+            near = (asked[start : start + size] @ known).toarray()  # (size, n)
+            for i, row in enumerate(near, start):
+                row[(self.keys == keys[i]).any(axis=1)] = 0  # itself, and what is called or described alike
+                best = np.argpartition(-row, min(k, len(row)) - 1)[:k]
+                best = best[np.lexsort((best, -row[best]))]  # nearest first, earlier rows first among equals
+                best = best[row[best] > 0]
+                rows[i, : len(best)], similarity[i, : len(best)] = best, row[best]
+        return rows, similarity
+
+    def guess(self, items: list[Item], k: int = 5) -> np.ndarray:
+        """The median price of the k nearest, weighted by similarity; of all training items where none is near.
+        -> (items,) dollars"""
+        rows, similarity = self.nearest(items, k)
+        alone = similarity.sum(axis=1) == 0
+        similarity[alone, 0] = 1  # the weight of some price, replaced below
+        return np.where(alone, np.median(self.prices), weighted_median(self.prices[rows], similarity))
+
+    def save(self, path: str | Path) -> None:
+        """One .npz of plain arrays, whole or not at all; words as UTF-8, a line each. No pickle."""
+        path = Path(path)
+        arrays = {
+            "words": np.frombuffer("\n".join(self.words).encode(), np.uint8),
+            "idf": self.idf,
+            "data": self.matrix.data,
+            "indices": self.matrix.indices,
+            "indptr": self.matrix.indptr,
+            "prices": self.prices,
+            "keys": self.keys,
+        }
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".neighbours-", delete=False) as part:
+            try:
+                np.savez(part, **arrays)
+                part.flush()
+                os.fsync(part.fileno())
+                os.chmod(part.name, 0o644)
+                os.replace(part.name, path)
+            finally:
+                Path(part.name).unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: str | Path) -> "Index":
+        """Raises ValueError where the file is not there or not whole."""
+        from scipy.sparse import csr_matrix
+
+        if not Path(path).is_file():
+            raise ValueError(f"{path} does not exist: the run saved no neighbours")
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                words = arrays["words"].tobytes().decode().split("\n")
+                prices, idf, keys = arrays["prices"], arrays["idf"], arrays["keys"]
+                parts = arrays["data"], arrays["indices"], arrays["indptr"]
+            matrix = csr_matrix(parts, shape=(len(prices), len(words)))
+            if len(idf) != len(words) or keys.shape != (len(prices), 2):
+                raise ValueError("its arrays do not fit together")
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} holds no neighbours: {' '.join(str(error).split())[:200]}") from None
+        return Index(words, idf, matrix, prices, keys)
+
+
+def build(train: list[Item]) -> Index:
+    """Raises ValueError where there is no item, or one that is not of the training split."""
+    others = {item.split for item in train} - {"train"}
+    if others or not train:
+        raise ValueError(f"neighbours are training items; got {', '.join(sorted(others)) or 'no'} items")
+    vectors = vectoriser()
+    matrix = vectors.fit_transform([item.text for item in train]).tocsr()
+    matrix.sort_indices()
+    prices = np.array([item.price for item in train])
+    return Index(vectors.get_feature_names_out().tolist(), vectors.idf_, matrix, prices, keys_of(train))
+
+
+def weighted_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The least value with at least half of the weight at or below it, row by row: argmin_x sum_j w_j |x - v_j|.
+    (n, k), (n, k) weights >= 0, not all 0 in a row -> (n,)"""
+    order = np.argsort(values, axis=1, kind="stable")
+    values, weights = (np.take_along_axis(np.asarray(a, float), order, axis=1) for a in (values, weights))
+    reached = weights.cumsum(axis=1)
+    at = (reached >= reached[:, -1:] / 2 * (1 - 1e-12)) & (weights > 0)
+    return values[np.arange(len(values)), at.argmax(axis=1)]
+
+
+def price_line(prices) -> str:
+    """`Similar products cost $12, $15 and $240.`, nearest first, in whole dollars; nothing where there is none."""
+    said = [f"${np.floor(price + 0.5):.0f}" for price in prices]
+    if len(said) < 2:
+        return f"A similar product costs {said[0]}." if said else ""
+    return f"Similar products cost {', '.join(said[:-1])} and {said[-1]}."
