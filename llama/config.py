@@ -31,7 +31,7 @@ class LinearRope:
 
 @dataclass(frozen=True)
 class LongRope:
-    """Phi-3's stretching (`rope_type: longrope`, first called `su`): a divisor for each pair of numbers; see rope.py."""
+    """Phi-3's stretching (`rope_type: longrope`, once `su`): a divisor for each pair of numbers; see rope.py."""
 
     short_factor: tuple[float, ...]  # (D/2,) for sequences within the original context
     long_factor: tuple[float, ...]  # (D/2,) for longer ones
@@ -188,7 +188,7 @@ class LlamaConfig:
 def _refuse(raw: dict, family: Family) -> None:
     """Keys whose value asks for what this network, or transformers' code for this family, does not do"""
     wanted = ACTIVATIONS[family.glu]
-    # Gemma's files hold both keys, and transformers reads the second: the first said `gelu` in some and was wrong.
+    # Gemma's files may hold both keys: transformers reads hidden_activation and ignores hidden_act.
     key = "hidden_activation" if family.glu == "geglu" else "hidden_act"
     if raw.get(key, wanted) != wanted:
         raise ValueError(f"{key} {raw[key]!r} is not supported; supported: {wanted}")

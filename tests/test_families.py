@@ -14,11 +14,16 @@ import pytest
 import torch
 from conftest import LLAMA31_ROPE, our_model, tiny_config
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+
+from test_fused import DEVICE, kernels
 
 from llama.attention import Layout
 from llama.config import LinearRope, LlamaConfig
 from llama.model import Llama
 from llama.weights import Checkpoint, load_weights
+from lora.adapter import load_adapter, save_adapter
+from lora.inject import inject, lora_layers
 from quant.fast import group_linears
 from quant.linear import quantise_linear
 
@@ -41,7 +46,7 @@ FAMILIES = {
     "smollm2, llama 3.2": tiny_config(tie_word_embeddings=True, rope_theta=1e5),
     "mistral": SHARED | {"model_type": "mistral", "hidden_act": "silu", "sliding_window": 13},
     "mistral 0.3": SHARED | {"model_type": "mistral", "hidden_act": "silu", "sliding_window": None},
-    "qwen2": PHI | {"model_type": "qwen2", "rope_theta": 1e6},
+    "qwen2": PHI | {"model_type": "qwen2", "rope_theta": 1e6, "head_dim": 32},
     "qwen2, late windows": PHI
     | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
     "qwen3": SHARED | {"model_type": "qwen3", "hidden_act": "silu", "rope_theta": 1e6},
@@ -53,11 +58,11 @@ FAMILIES = {
         "num_hidden_layers": 7,  # the sixth alone sees everything
         "rope_theta": 1e6,
         "rope_local_base_freq": 500.0,
-        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},  # as from 4B on
         "final_logit_softcapping": None,
         "attn_logit_softcapping": None,
     },
-    "phi3, 4k": PHI | {"model_type": "phi3", "sliding_window": 15},
+    "phi3, 4k": PHI | {"model_type": "phi3", "sliding_window": 15, "head_dim": 16},
     "phi3, 128k": PHI
     | {
         "model_type": "phi3",
@@ -296,7 +301,7 @@ def test_fused_matrices_of_the_wrong_height_are_named(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     key = "model.layers.1.self_attn.qkv_proj.weight"
     save_file(tensors | {key: tensors[key][:-1].clone()}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"layers.1.self_attn.qkv_proj.weight is \(119, 72\), config.json asks for \(120"):
+    with pytest.raises(ValueError, match=r"1.self_attn.qkv_proj.weight is \(159, 72\), config.json asks for \(160"):
         our_model(tmp_path)
     del tensors[key]
     save_file(tensors, tmp_path / "model.safetensors")
@@ -337,3 +342,126 @@ def test_what_is_not_computed_is_refused_by_name(raw, words, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
         LlamaConfig.from_directory(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def trained(directory, targets="all-linear", rslora=False, bits=16):
+    """Our model with LoRA factors of which none is zero"""
+    model = our_model(directory, bits)
+    inject(model, rank=4, alpha=7, targets=targets, rslora=rslora)
+    torch.manual_seed(3)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_A, std=0.1)
+        torch.nn.init.normal_(layer.lora_B, std=0.2)
+    return model
+
+
+def check_export(hf, model, directory, out):
+    """PEFT's logits equal ours, and so do those of the adapter read back, factor for factor."""
+    from peft import PeftModel
+
+    given, layout = sequences()[0], Layout.packed(LENGTHS[:1])
+    save_adapter(model, out, base_model="x")
+    logits, base = model(given, layout), hf(given[None]).logits[0]
+    assert (logits - base).abs().max() > 0.05
+    close(PeftModel.from_pretrained(hf, out)(given[None]).logits[0], logits, 5e-5)
+    again = our_model(directory)
+    load_adapter(again, out)
+    assert lora_layers(again).keys() == lora_layers(model).keys()
+    for name, layer in lora_layers(again).items():
+        assert torch.equal(layer.lora_A, lora_layers(model)[name].lora_A) and layer.scaling > 0
+        assert torch.equal(layer.lora_B, lora_layers(model)[name].lora_B)
+    assert torch.equal(again(given, layout), logits)
+
+
+@pytest.mark.filterwarnings("error:.*missing adapter keys")
+def test_peft_reads_our_adapter(family, tmp_path):
+    name, hf, directory = family
+    check_export(hf, trained(directory), directory, tmp_path)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("targets", ["all-linear", "attention", "q_proj,v_proj", "up_proj,k_proj,down_proj", "o_proj"])
+def test_phi3s_fused_modules_are_exact_as_blocks(tmp_path, targets, rslora):
+    hf = write_family("phi3, 4k", tmp_path / "model")
+    check_export(hf, trained(tmp_path / "model", targets, rslora), tmp_path / "model", tmp_path)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    assert not any("q_proj" in key or ".up_proj" in key for key in written)
+
+
+@pytest.mark.parametrize("name", ["phi3, 4k", "gemma3"])
+def test_an_adapter_of_peft_is_read(name, tmp_path):
+    """PEFT has one A for all of qkv_proj; three equal ones compute the same."""
+    from peft import LoraConfig, get_peft_model
+
+    hf, given = write_family(name, tmp_path / "model"), sequences()[0]
+    peft = get_peft_model(hf, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for key, parameter in peft.named_parameters():
+            if "lora_" in key:
+                parameter.normal_(0, 0.1)
+    peft.save_pretrained(tmp_path)
+    model = our_model(tmp_path / "model")
+    load_adapter(model, tmp_path)
+    assert len(lora_layers(model)) == 7 * len(model.layers)
+    close(model(given, Layout.packed(LENGTHS[:1])), peft(given[None]).logits[0], 5e-5)
+
+
+def test_adapters_of_another_layout_are_refused(tmp_path):
+    write_family("phi3, 4k", tmp_path / "phi")
+    save_adapter(trained(tmp_path / "phi"), tmp_path, base_model="x")
+    write_family("qwen2", tmp_path / "qwen")
+    with pytest.raises(ValueError, match="was written for a model with qkv_proj, gate_up_proj: another base"):
+        load_adapter(our_model(tmp_path / "qwen"), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {"qkv_proj": 7}}))
+    with pytest.raises(ValueError, match="alpha_pattern does not fit the blocks"):
+        load_adapter(our_model(tmp_path / "phi"), tmp_path)
+
+
+def test_training_moves_every_factor_of_every_family(family):
+    """Through the groups, in 4 bits: a factor without gradient would be a layer outside of the graph."""
+    name, hf, directory = family
+    model, given = trained(directory, bits=4), sequences()
+    group_linears(model)
+    cross_entropy(model(torch.cat(given), Layout.packed(LENGTHS), torch.tensor([88, 93, 133])), ALL[5:8]).backward()
+    for layer in lora_layers(model).values():
+        assert layer.lora_A.grad.norm() > 0 and layer.lora_B.grad.norm() > 0
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_merging_phi3_gives_the_trained_model(tmp_path, bits):
+    """Merged into the fused matrices, quantised part by part as in training: transformers' reading gives our logits."""
+    from transformers import AutoModelForCausalLM
+
+    from lora.merge import merge
+
+    write_family("phi3, 4k", tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    model, given = trained(tmp_path / "base", bits=bits), sequences()[0]
+    save_adapter(model, tmp_path / "out", base_model="x")
+    options = {"bits": bits, "blocksize": 64, "double_quant": True}
+    (tmp_path / "out" / "run.json").write_text(json.dumps({"options": options}))
+    assert merge(tmp_path / "out", tmp_path / "base", tmp_path / "merged") == 2 * 4
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, attn_implementation="eager")
+    logits, expected = merged.eval()(given[None]).logits[0], model(given, Layout.packed(LENGTHS[:1]))
+    assert (logits - expected).norm() / expected.norm() < 0.02  # the merged weights are bfloat16
+
+
+@kernels
+def test_fused_pieces_equal_the_plain_ones(family):
+    """Kernels with windows, soft caps, norms of heads and geglu, inside of the whole network, forward and backward"""
+    name, hf, directory = family
+    results = []
+    for fused in (False, True):
+        model = trained(directory).to(DEVICE)
+        if fused:
+            group_linears(model)
+            model.fuse_pieces()
+        tokens, layout = torch.cat(sequences()).to(DEVICE), Layout.packed(LENGTHS, DEVICE)
+        logits = model(tokens, layout, torch.tensor([40, 88, 93, 133], device=DEVICE))
+        logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE))
+        grads = torch.cat([layer.lora_A.grad.flatten() for layer in lora_layers(model).values()])
+        results.append((logits.detach(), grads))
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() / b.norm() < 1e-5

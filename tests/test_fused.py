@@ -113,7 +113,8 @@ def attention_of(pieces, qkv, rotary, layout, scores):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_of_heads_that_are_no_residual(dtype):
     """q and k norms and Gemma's norms after a sub-layer read the compute dtype, with nothing to add"""
-    for plain, fused in both("add_norm", [torch.randn(7, 32, device=DEVICE, dtype=dtype), None], (torch.rand(32, device=DEVICE), 1e-5, dtype)):
+    inputs, weight = [torch.randn(7, 32, device=DEVICE, dtype=dtype), None], torch.rand(32, device=DEVICE)
+    for plain, fused in both("add_norm", inputs, (weight, 1e-5, dtype)):
         close(fused, plain, dtype)
 
 
