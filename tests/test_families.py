@@ -161,7 +161,7 @@ def test_right_padded_batch(family):
         close(padded[row, :n], expected[row, :n])
 
 
-@pytest.mark.parametrize("shared", [0, 20])
+@pytest.mark.parametrize("shared", [0, 20, 70])  # 70: the prefix alone is beyond the original context
 def test_cached_decoding(family, shared):
     """Token by token after prompts of different lengths, with and without a shared prefix, across the window's edge."""
     name, hf, directory = family
@@ -446,6 +446,10 @@ def test_merging_phi3_gives_the_trained_model(tmp_path, bits):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, attn_implementation="eager")
     logits, expected = merged.eval()(given[None]).logits[0], model(given, Layout.packed(LENGTHS[:1]))
     assert (logits - expected).norm() / expected.norm() < 0.02  # the merged weights are bfloat16
+    written = load_file(tmp_path / "merged" / "model.safetensors")["model.layers.0.self_attn.qkv_proj.weight"]
+    attention = model.layers[0].self_attn
+    parts = [p.base.dequantise(torch.float32) + p.delta() for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    assert (written == torch.cat(parts).bfloat16()).float().mean() > 0.99  # quantised whole, absmax would differ
 
 
 @kernels
