@@ -79,12 +79,16 @@ class Estimate:
         saved += c * wide * any(name in chosen for name in ATTENTION[:3])
         saved += c * wide * any(name in chosen for name in ("gate_proj", "up_proj"))
         saved += f * wide * ("down_proj" in chosen)
+        saved += 2 * c * wide if config.post_norms else 0  # what the sub-layers give, before their second norm
+        saved += (q + kv) * (wide + 4 / config.head_dim) if config.qk_norm else 0
         self.block_saved = saved * n
         # gradients: of the residual (float32, and rounded), of the MLP's inside
         self.passing = n * (4 * c + c * wide + 3 * f * wide)
         rows = min(config.vocab_size, 16384)
         # logits, their gradient and softmax; the chunks of the head's three terms
-        self.logits = 4 * 4 * m * config.vocab_size + 2 * 4 * 3 * m * rows + rows * c * (wide if wide == 4 else 0)
+        capped = 2 if config.final_logit_softcapping else 0  # tanh, which backward needs, and its product
+        self.logits = (4 + capped) * 4 * m * config.vocab_size + 2 * 4 * 3 * m * rows
+        self.logits += rows * c * (wide if wide == 4 else 0)
 
     def total(self, plan: Plan) -> float:
         """Peak bytes under a plan"""

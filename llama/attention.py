@@ -36,6 +36,8 @@ class Layout:
     mask: Tensor | None = None  # (B, 1, T, S) bool, True where seen; None: causal within the row
     last: Tensor | None = None  # (B,) packed index of each sequence's last token
     edges: Tensor | None = None  # (B + 1,) int32 packed index where each sequence begins, and N; None: use the grid
+    lengths: Tensor | None = None  # (N,) tokens of each token's prompt, where a cache knows better than `edges`
+    slot_positions: Tensor | None = None  # (B or 1, S) rope position of what `mask` shows
 
     @staticmethod
     def packed(lengths: list[int], device: torch.device | str = "cpu") -> "Layout":
@@ -52,6 +54,27 @@ class Layout:
         return Layout(
             positions.to(device), len(lengths), columns, slots, last=(ends - 1).to(device), edges=edges.to(device)
         )
+
+    def sequence_lengths(self) -> Tensor:
+        """How many tokens each token's sequence has  # (N,)"""
+        if self.lengths is not None:
+            return self.lengths
+        index = torch.arange(len(self.positions), device=self.positions.device, dtype=self.edges.dtype)
+        # right=True skips sequences without tokens; a batch's unused tail counts as the last sequence, harmlessly.
+        sequence = torch.searchsorted(self.edges, index, right=True).clamp(max=len(self.edges) - 1) - 1
+        return self.edges.diff()[sequence]
+
+    def seen(self, window: int | None) -> Tensor | None:
+        """`mask`, narrowed to the last `window` tokens, the querying one included  # (B or 1, 1, T, S), None: causal"""
+        longest = self.columns if self.mask is None else self.mask.shape[-1]
+        if window is None or window >= longest:
+            return self.mask
+        if self.mask is None:
+            column = torch.arange(self.columns, device=self.positions.device)
+            distance = column[:, None] - column  # (T, S)
+            return ((distance >= 0) & (distance < window))[None, None]
+        position = self.to_grid(self.positions[:, None])[..., 0]  # (B, T); distances go by position, not by slot
+        return self.mask & (position[:, None, :, None] - self.slot_positions[:, None, None] < window)
 
     def to_grid(self, x: Tensor) -> Tensor:
         """(N, heads, D) -> (B, T, heads, D), zeros where no token stands"""
@@ -76,9 +99,11 @@ class KVCache:
         self.values: list[Tensor | None] = [None] * layers
         self.layout = Layout.packed(lengths, device)  # of the tokens being added; first the prompts themselves
         columns = torch.arange(max(lengths), device=device)
-        prompt = columns < torch.tensor(lengths, device=device)[:, None]
+        self.lengths = torch.tensor(lengths, device=device)  # (B,) tokens, with those of the prefix
+        prompt = columns < self.lengths[:, None]
         if prefix is not None:
             before = prefix.keys[0].shape[1]
+            self.lengths = self.lengths + before
             self.keys = [k.expand(len(lengths), -1, -1, -1) for k in prefix.keys]
             self.values = [v.expand(len(lengths), -1, -1, -1) for v in prefix.values]
             prompt = F.pad(prompt, (before, 0), value=True)
@@ -86,6 +111,10 @@ class KVCache:
             # Row t of the grid sees the prefix and columns 0 to t; (1, 1, T, S), the same for every prompt.
             slots = torch.arange(before + len(columns), device=device)
             self.layout.mask = (columns[:, None] + before >= slots)[None, None]
+            self.layout.slot_positions = slots[None]
+        self.layout.lengths = self.lengths.repeat_interleave(torch.tensor(lengths, device=device))
+        # Prompts begin at slot 0, or after the prefix: a slot is a position. Tree tokens add their own.
+        self.slot_positions = torch.arange(prompt.shape[1], device=device).expand(len(lengths), -1)
         self.sees = prompt[:, None, :]  # (B, 1 + tree nodes, S) bool: what each node may look at; node 0 is the prompt
 
     def grow(self, parents: Tensor) -> None:
@@ -99,7 +128,12 @@ class KVCache:
         added = of_parent | itself
         self.sees = torch.cat([sees, added], dim=1)
         # A token's position is the number of tokens that it sees before itself.
-        self.layout = Layout(added.sum(-1).view(-1) - 1, rows, new, None, mask=added[:, None])
+        positions = added.sum(-1) - 1  # (B, n)
+        self.slot_positions = torch.cat([self.slot_positions, positions], dim=1)
+        self.layout = Layout(
+            positions.view(-1), rows, new, None, mask=added[:, None],
+            lengths=self.lengths.repeat_interleave(new), slot_positions=self.slot_positions,
+        )  # fmt: skip
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, K, D) new keys and values -> all so far (B, S, K, D)"""
@@ -109,8 +143,33 @@ class KVCache:
         return k, v
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v within each sequence.  q (N, H, D), k and v (N, K, D) -> (N, H * D)
+@dataclass(frozen=True)
+class Scores:
+    """How a layer's scores come about, where it is not q k^T / sqrt(D) over all that came before"""
+
+    scale: float | None = None  # in place of D^-0.5
+    softcap: float | None = None  # s -> cap * tanh(s / cap), before the mask (Gemma 2, arXiv 2408.00118)
+    window: int | None = None  # a token sees so many, itself included (Mistral 7B, arXiv 2310.06825)
+
+
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """softmax(cap * tanh(q k^T * scale / cap)) v, in float32.  q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)
+
+    PyTorch's own attention has no soft cap; here the scores exist, (B, H, T, S) of them.
+    """
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
+    q = q.float().unflatten(1, (k.shape[1], -1))  # (B, K, H / K, T, D)
+    k, v = k.float()[:, :, None], v.float()[:, :, None]  # (B, K, 1, S, D)
+    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))  # (B, K, H / K, T, S)
+    return (scores.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1) @ v).flatten(1, 2)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, cache: KVCache | None = None, layer: int = 0,
+    scores: Scores = Scores(),
+) -> Tensor:  # fmt: skip
+    """softmax(q k^T / sqrt(D)) v within each sequence, or as `scores` says.  q (N, H, D), k, v (N, K, D) -> (N, H * D)
 
     Grouped queries: head h reads key-value head h // (H / K),
     that is [K1, K2] -> [K1, K1, K2, K2], not [K1, K2, K1, K2].
@@ -122,5 +181,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, cache: KVCache | Non
     if q.device.type == "cpu":
         q, k, v = q.float(), k.float(), v.float()  # the CPU kernel's backward is slow in bfloat16
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
-    y = F.scaled_dot_product_attention(q, k, v, layout.mask, is_causal=layout.mask is None, enable_gqa=True)
+    mask, scale = layout.seen(scores.window), scores.scale or q.shape[-1] ** -0.5
+    if scores.softcap:
+        y = capped_attention(q, k, v, mask, scale, scores.softcap)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
     return layout.to_packed(y.transpose(1, 2)).to(dtype)  # (N, H * D)

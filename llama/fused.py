@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llama import model
-from llama.attention import KVCache, Layout
+from llama.attention import KVCache, Layout, Scores
 from llama.fused_attention import PackedAttention
 
 
@@ -56,7 +56,7 @@ class AddNorm(torch.autograd.Function):
     def forward(ctx, x, delta, weight, eps, dtype):
         (rows, size), add = x.shape, delta is not None
         total = torch.empty_like(x) if add else x
-        normed, rstd = torch.empty_like(x, dtype=dtype), x.new_empty(rows)
+        normed, rstd = torch.empty_like(x, dtype=dtype), x.new_empty(rows, dtype=torch.float32)
         block = triton.next_power_of_2(size)
         add_norm_forward[(rows,)](x, delta, weight, total, normed, rstd, size, eps, ADD=add, BLOCK=block, num_warps=8)
         ctx.save_for_backward(total, weight, rstd)
@@ -78,53 +78,71 @@ class AddNorm(torch.autograd.Function):
 
 
 @triton.jit
-def swiglu_forward(gate_up, out, size, BLOCK: tl.constexpr):
+def glu_forward(gate_up, out, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     gate = tl.load(gate_up + row * 2 * size + at, inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * size + size + at, inside, other=0.0).to(tl.float32)
-    tl.store(out + row * size + at, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), inside)
+    inner = gate
+    if GELU:  # with tanh: gate * sigmoid(2 sqrt(2 / pi) (gate + 0.044715 gate^3))
+        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    tl.store(out + row * size + at, (gate * tl.sigmoid(inner) * up).to(out.dtype.element_ty), inside)
 
 
 @triton.jit
-def swiglu_backward(gate_up, grad, grad_gate_up, size, BLOCK: tl.constexpr):
+def glu_backward(gate_up, grad, grad_gate_up, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     gate = tl.load(gate_up + row * 2 * size + at, inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * size + size + at, inside, other=0.0).to(tl.float32)
     g = tl.load(grad + row * size + at, inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
+    inner, slope = gate, 1.0
+    if GELU:
+        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+        slope = 1.5957691216057308 * (1 + 3 * 0.044715 * gate * gate)
+    sigmoid = tl.sigmoid(inner)
     to = grad_gate_up + row * 2 * size + at
-    tl.store(to, (g * up * sigmoid * (1 + gate * (1 - sigmoid))).to(grad_gate_up.dtype.element_ty), inside)
+    tl.store(to, (g * up * sigmoid * (1 + gate * slope * (1 - sigmoid))).to(grad_gate_up.dtype.element_ty), inside)
     tl.store(to + size, (g * gate * sigmoid).to(grad_gate_up.dtype.element_ty), inside)
 
 
-class SwiGLU(torch.autograd.Function):
-    """swiglu"""
+class GLU(torch.autograd.Function):
+    """swiglu, or geglu"""
 
     @staticmethod
-    def forward(ctx, gate_up):
+    def forward(ctx, gate_up, gelu):
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, size)
-        swiglu_forward[(rows, triton.cdiv(size, 1024))](gate_up, out, size, BLOCK=1024)
+        glu_forward[(rows, triton.cdiv(size, 1024))](gate_up, out, size, GELU=gelu, BLOCK=1024)
         ctx.save_for_backward(gate_up)
+        ctx.gelu = gelu
         return out
 
     @staticmethod
     def backward(ctx, grad):
         (gate_up,) = ctx.saved_tensors
         rows, size = grad.shape
-        grad_gate_up = torch.empty_like(gate_up)
-        swiglu_backward[(rows, triton.cdiv(size, 1024))](gate_up, grad.contiguous(), grad_gate_up, size, BLOCK=1024)
-        return grad_gate_up
+        grad_gate_up, grid = torch.empty_like(gate_up), (rows, triton.cdiv(size, 1024))
+        glu_backward[grid](gate_up, grad.contiguous(), grad_gate_up, size, GELU=ctx.gelu, BLOCK=1024)
+        return grad_gate_up, None
 
 
-def attention(qkv, cos, sin, kv_heads: int, head_dim: int, layout: Layout, cache: KVCache | None, layer: int) -> Tensor:
+def swiglu(gate_up: Tensor) -> Tensor:
+    return GLU.apply(gate_up, False)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    return GLU.apply(gate_up, True)
+
+
+def attention(
+    qkv, cos, sin, kv_heads: int, head_dim: int, layout: Layout, cache: KVCache | None, layer: int, scores=Scores()
+) -> Tensor:
     """Packed sequences as one kernel; with a cache, as in the plain piece"""
     if cache is None and layout.edges is not None:
-        return PackedAttention.apply(qkv, cos, sin, layout.edges, layout.columns, kv_heads, head_dim)[0]
-    return model.attention(qkv, cos, sin, kv_heads, head_dim, layout, cache, layer)
+        return PackedAttention.apply(qkv, cos, sin, layout.edges, layout.columns, kv_heads, head_dim, scores)[0]
+    return model.attention(qkv, cos, sin, kv_heads, head_dim, layout, cache, layer, scores)
 
 
 # In place of llama.model.PIECES, name by name.
-FUSED = {"add_norm": AddNorm.apply, "attention": attention, "swiglu": SwiGLU.apply}
+FUSED = {"add_norm": AddNorm.apply, "attention": attention, "swiglu": swiglu, "geglu": geglu}

@@ -7,6 +7,9 @@ keeping the softmax's running maximum and sum, so the (T, T) scores never exist;
 saved log-sum-exp. What is special here is the input: product texts of about a hundred tokens, side by side in the
 fused q, k, v product, which is read where it lies. q and k are turned in place, their gradients turned back in place,
 and a kv head's gradient sums over its query heads inside the kernel: q, k, v never exist apart, nothing is copied.
+
+A soft cap (CAP, s -> CAP * tanh(s / CAP), slope 1 - (capped / CAP)^2) and a sliding window (WINDOW tokens, the querying
+one included) are constants of the kernel, 0 for none: what they cost, only the layers pay that have them.
 """
 
 import torch
@@ -44,9 +47,27 @@ def store_rows(base, token, stride, inside, value, SIZE: tl.constexpr, DIM: tl.c
 
 
 @triton.jit
+def capped(scores, CAP: tl.constexpr):
+    """CAP * tanh(scores / CAP); tanh(x) = 2 sigmoid(2x) - 1"""
+    if CAP > 0:
+        scores = CAP * (2 * tl.sigmoid(scores * (2 / CAP)) - 1)
+    return scores
+
+
+@triton.jit
+def within(row, col, WINDOW: tl.constexpr):
+    """Whether the query `row` sees the key `col`"""
+    seen = col <= row
+    if WINDOW > 0:
+        seen = seen & (row - col < WINDOW)
+    return seen
+
+
+@triton.jit
 def forward_kernel(
     qkv, edges, out, lse, heads, kv_heads, scale,
     SIZE: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    CAP: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     sequence, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, end = tl.load(edges + sequence).to(tl.int64), tl.load(edges + sequence + 1)
@@ -55,14 +76,18 @@ def forward_kernel(
         width, kv_head = (heads + 2 * kv_heads) * SIZE, heads + head // (heads // kv_heads)
         row = tile * TILE + tl.arange(0, TILE)
         q = load_rows(qkv + head * SIZE, start + row, width, row < length, SIZE, DIM)
-        top = tl.full([TILE], float("-inf"), tl.float32)
+        # Finite: a row whose window begins beyond the first tile meets a tile of -inf, and -inf - -inf would be NaN.
+        top = tl.full([TILE], -1e30, tl.float32)
         total, y = tl.zeros([TILE], tl.float32), tl.zeros([TILE, DIM], tl.float32)
-        for first in range(0, tl.minimum((tile + 1) * TILE, length), TILE):
+        begin = 0
+        if WINDOW > 0:
+            begin = tl.maximum(tile * TILE - WINDOW + 1, 0) // TILE * TILE
+        for first in range(begin, tl.minimum((tile + 1) * TILE, length), TILE):
             col = first + tl.arange(0, TILE)
             k = load_rows(qkv + kv_head * SIZE, start + col, width, col < length, SIZE, DIM)
             v = load_rows(qkv + (kv_head + kv_heads) * SIZE, start + col, width, col < length, SIZE, DIM)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            scores = tl.where(col[None, :] <= row[:, None], scores, float("-inf"))
+            scores = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, CAP)
+            scores = tl.where(within(row[:, None], col[None, :], WINDOW), scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
             weight, fade = tl.exp(scores - higher[:, None]), tl.exp(top - higher)
             top, total = higher, total * fade + tl.sum(weight, 1)
@@ -75,6 +100,7 @@ def forward_kernel(
 def backward_q_kernel(
     qkv, edges, out, lse, mean, grad, grad_qkv, heads, kv_heads, scale,
     SIZE: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    CAP: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     sequence, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, end = tl.load(edges + sequence).to(tl.int64), tl.load(edges + sequence + 1)
@@ -90,13 +116,18 @@ def backward_q_kernel(
         tl.store(mean + token * heads + head, average, inside)
         level = tl.load(lse + token * heads + head, inside, other=0.0)
         dq = tl.zeros([TILE, DIM], tl.float32)
-        for first in range(0, tl.minimum((tile + 1) * TILE, length), TILE):
+        begin = 0
+        if WINDOW > 0:
+            begin = tl.maximum(tile * TILE - WINDOW + 1, 0) // TILE * TILE
+        for first in range(begin, tl.minimum((tile + 1) * TILE, length), TILE):
             col = first + tl.arange(0, TILE)
             k = load_rows(qkv + kv_head * SIZE, start + col, width, col < length, SIZE, DIM)
             v = load_rows(qkv + (kv_head + kv_heads) * SIZE, start + col, width, col < length, SIZE, DIM)
-            weight = tl.exp(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - level[:, None])
-            weight = tl.where(col[None, :] <= row[:, None], weight, 0.0)
+            scores = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, CAP)
+            weight = tl.where(within(row[:, None], col[None, :], WINDOW), tl.exp(scores - level[:, None]), 0.0)
             slope = weight * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - average[:, None]) * scale
+            if CAP > 0:
+                slope *= 1 - (scores / CAP) * (scores / CAP)
             dq = tl.dot(slope.to(k.dtype), k, dq, input_precision=PRECISION)
         store_rows(grad_qkv + head * SIZE, token, width, inside, dq, SIZE, DIM)
 
@@ -105,6 +136,7 @@ def backward_q_kernel(
 def backward_kv_kernel(
     qkv, edges, out, lse, mean, grad, grad_qkv, heads, kv_heads, scale,
     SIZE: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    CAP: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     sequence, kv_head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, end = tl.load(edges + sequence).to(tl.int64), tl.load(edges + sequence + 1)
@@ -118,17 +150,23 @@ def backward_kv_kernel(
         v = load_rows(qkv + at_v, token, width, inside, SIZE, DIM)
         dk, dv = tl.zeros([TILE, DIM], tl.float32), tl.zeros([TILE, DIM], tl.float32)
         for head in range(kv_head * group, (kv_head + 1) * group):
-            for first in range(tile * TILE, length, TILE):
+            end_row = length
+            if WINDOW > 0:
+                end_row = tl.minimum(length, (tile + 1) * TILE + WINDOW - 1)
+            for first in range(tile * TILE, end_row, TILE):
                 row = first + tl.arange(0, TILE)
                 seen = row < length
                 q = load_rows(qkv + head * SIZE, start + row, width, seen, SIZE, DIM)
                 g = load_rows(grad + head * SIZE, start + row, heads * SIZE, seen, SIZE, DIM)
                 level = tl.load(lse + (start + row) * heads + head, seen, other=float("inf"))  # weight 0 past the end
                 average = tl.load(mean + (start + row) * heads + head, seen, other=0.0)
-                weight = tl.exp(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - level[None, :])
-                weight = tl.where(col[:, None] <= row[None, :], weight, 0.0)
+                scores = capped(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale, CAP)
+                weight = tl.exp(scores - level[None, :])
+                weight = tl.where(within(row[None, :], col[:, None], WINDOW), weight, 0.0)
                 dv = tl.dot(weight.to(g.dtype), g, dv, input_precision=PRECISION)
                 slope = weight * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - average[None, :]) * scale
+                if CAP > 0:
+                    slope *= 1 - (scores / CAP) * (scores / CAP)
                 dk = tl.dot(slope.to(q.dtype), q, dk, input_precision=PRECISION)
         store_rows(grad_qkv + at_k, token, width, inside, dk, SIZE, DIM)
         store_rows(grad_qkv + at_v, token, width, inside, dv, SIZE, DIM)
@@ -145,17 +183,20 @@ class PackedAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(D)) v, causal, within each sequence.  qkv (N, (H + 2K) D), edges (S + 1,) -> (N, H D)
 
     `longest` bounds the length of a sequence. cos, sin (N, 1, D/2) turn q and k (llama/rope.py), in place: qkv is
-    used up.
+    used up. `scores` is llama.attention.Scores: scale, soft cap and window.
     """
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, edges: Tensor, longest: int, kv_heads: int, head_dim: int):
+    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, edges: Tensor, longest: int, kv_heads, head_dim, scores):
         heads = qkv.shape[1] // head_dim - 2 * kv_heads
         exact = qkv.dtype == torch.float32
-        tile = 32 if exact else 64
-        ctx.grid, ctx.heads, ctx.scale = (len(edges) - 1, triton.cdiv(longest, tile)), (heads, kv_heads), head_dim**-0.5
+        tile = 32 if exact or head_dim > 128 else 64  # Gemma's 256 numbers a head would spill registers at 64
+        ctx.grid, ctx.heads = (len(edges) - 1, triton.cdiv(longest, tile)), (heads, kv_heads)
+        ctx.scale = scores.scale or head_dim**-0.5
+        narrow = scores.window is not None and scores.window < longest
         ctx.constants = dict(
             SIZE=head_dim, DIM=triton.next_power_of_2(head_dim), TILE=tile, PRECISION="ieee" if exact else "tf32",
+            CAP=float(scores.softcap or 0), WINDOW=scores.window if narrow else 0,
             num_warps=4, num_stages=1,  # the fastest of 27 on an H100: nothing to pipeline in two or three tiles
         )  # fmt: skip
         turn(qkv, cos, sin, heads + kv_heads, head_dim, 1.0)
@@ -177,4 +218,4 @@ class PackedAttention(torch.autograd.Function):
         backward_q_kernel[(ctx.grid[0], heads, ctx.grid[1])](*arguments, **ctx.constants)
         backward_kv_kernel[(ctx.grid[0], kv_heads, ctx.grid[1])](*arguments, **ctx.constants)
         turn(grad_qkv, cos, sin, heads + kv_heads, size, -1.0)
-        return grad_qkv, None, None, None, None, None, None
+        return grad_qkv, None, None, None, None, None, None, None

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from llama.model import Llama
 
 MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]  # (O, I) weight, (O,) bias or None -> a layer
+# Phi-3's files hold one matrix where we have several: q, k, v one below the other, and gate above up. They are split,
+# so that LoRA's names are the field's; lora/adapter.py joins them again for PEFT.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 FLOATS = {"F32", "F16", "BF16"}
 
 
@@ -29,6 +32,7 @@ class Checkpoint:
         self.shards = {}  # file name -> open shard
         self.files: dict[str, str] = {}  # our name -> file name
         self.keys: dict[str, str] = {}  # our name -> name in the file
+        self.rows: dict[str, tuple[int, int, int]] = {}  # our name -> its rows of a fused matrix, first, end, of all
         index = self.directory / "model.safetensors.index.json"
         if index.is_file():
             try:
@@ -64,6 +68,20 @@ class Checkpoint:
                 f"{self.directory / self.files[name]} lacks {self.keys[name]}, though the index lists it"
             ) from None
 
+    def split_fused(self, expected: dict[str, torch.Size]) -> None:
+        """Let the names of the parts stand for rows of Phi-3's fused matrices"""
+        for fused in list(self.files):
+            parent, _, kind = fused.removesuffix(".weight").rpartition(".")
+            parts = [f"{parent}.{part}.weight" for part in FUSED.get(kind, ())]
+            if not parts or not all(part in expected for part in parts):
+                continue  # `check` names what belongs to nothing
+            file, key, start = self.files.pop(fused), self.keys.pop(fused), 0
+            for part in parts:
+                stop = start + expected[part][0]
+                self.files[part], self.keys[part] = file, key
+                self.rows[part] = start, stop, sum(expected[p][0] for p in parts)
+                start = stop
+
     def check(self, expected: dict[str, torch.Size], tied: bool) -> None:
         """Every expected tensor there with its shape and a float dtype, and none besides."""
         missing = [name for name in expected if name not in self.files]
@@ -76,9 +94,12 @@ class Checkpoint:
                 )
         for name, shape in expected.items():
             part = self._slice(name)
+            if name in self.rows:
+                shape = (self.rows[name][2], *shape[1:])
             if tuple(part.get_shape()) != tuple(shape):
+                named = self.keys[name].removeprefix("model.")
                 raise ValueError(
-                    f"{self.directory}: {name} is {tuple(part.get_shape())}, config.json asks for {tuple(shape)}"
+                    f"{self.directory}: {named} is {tuple(part.get_shape())}, config.json asks for {tuple(shape)}"
                 )
             if part.get_dtype() not in FLOATS:
                 raise ValueError(
@@ -87,7 +108,11 @@ class Checkpoint:
 
     def read(self, name: str, device: torch.device | str) -> Tensor:
         """One tensor on the device, in the file's dtype; NaN or infinity is an error that names it."""
-        tensor = self._open(self.files[name]).get_tensor(self.keys[name]).to(device)
+        if name in self.rows:
+            start, stop, _ = self.rows[name]
+            tensor = self._slice(name)[start:stop].to(device)
+        else:
+            tensor = self._open(self.files[name]).get_tensor(self.keys[name]).to(device)
         # In parts: the masks of a whole Llama 3 head would take 2 GiB, more than anything else while loading.
         if not all(torch.isfinite(part).all() for part in tensor.view(-1).split(1 << 24)):
             raise ValueError(f"{self.directory / self.files[name]}: {name} holds NaN or infinity")
@@ -109,7 +134,10 @@ def load_weights(
     the tensor or the file.
     """
     checkpoint = Checkpoint(directory)
-    checkpoint.check({name: p.shape for name, p in model.named_parameters()}, model.config.tie_word_embeddings)
+    expected = {name: p.shape for name, p in model.named_parameters()}
+    if model.config.fused_projections:
+        checkpoint.split_fused(expected)
+    checkpoint.check(expected, model.config.tie_word_embeddings)
     linears = [name for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)]
     for name in progress(linears):
         parent, _, child = f"layers.{name}".rpartition(".")
@@ -121,6 +149,8 @@ def load_weights(
         parent, _, child = name.rpartition(".")
         kept = torch.float32 if parameter.ndim == 1 else model.compute_dtype  # norms are vectors
         tensor = checkpoint.read(name, "cpu" if name in on_host else device).to(kept)
+        if model.config.norm_offset and parameter.ndim == 1:
+            tensor = tensor + 1  # in float32: bfloat16 would lose a small weight beside the 1
         if tensor.device.type == "cpu":
             tensor = tensor.clone()  # safetensors' tensors are views of the mapped file: one kept view keeps all of it
         setattr(model.get_submodule(parent), child, nn.Parameter(tensor, requires_grad=False))

@@ -7,6 +7,7 @@
 What is W? A run with `--bits 4` learnt beside the *dequantised* weight, quantisation error included. Merged into the
 original 16-bit weight the sum is another model; so each target is first quantised and dequantised as in training (on a
 CPU here: a run trained on CUDA may differ in the few values that quant/nf4.py tells of).
+Phi-3's fused matrices are quantised part by part, as in training.
 Other tensors are rounded to bfloat16. The base is read and written shard by shard.
 """
 
@@ -20,17 +21,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from lora.adapter import PREFIX
+from lora.adapter import PREFIX, read_split
 from lora.checkpoint import write_directory
 from quant.linear import quantise_linear
 
 
 def merged_weight(
-    weight, lora_A, lora_B, scaling: float, bits: int, blocksize: int, double_quant: bool
+    weight, lora_A, lora_B, scaling: float, rows: list[int] | None, bits: int, blocksize: int, double_quant: bool
 ) -> torch.Tensor:
-    """(O, I) in any float dtype, A (R, I), B (O, R) -> (O, I) bfloat16"""
-    frozen = quantise_linear(weight, bits=bits, dtype=weight.dtype, blocksize=blocksize, double_quant=double_quant)
-    return (frozen.dequantise(torch.float32) + scaling * (lora_B.float() @ lora_A.float())).to(torch.bfloat16)
+    """(O, I) in any float dtype, A (R, I), B (O, R) -> (O, I) bfloat16; `rows` of each part that is quantised apart"""
+    frozen = [
+        quantise_linear(part, bits=bits, dtype=weight.dtype, blocksize=blocksize, double_quant=double_quant)
+        for part in weight.split(rows or len(weight))
+    ]
+    whole = torch.cat([part.dequantise(torch.float32) for part in frozen])
+    return (whole + scaling * (lora_B.float() @ lora_A.float())).to(torch.bfloat16)
 
 
 def merge(ckpt: Path, base: Path, out: Path) -> int:
@@ -40,7 +45,9 @@ def merge(ckpt: Path, base: Path, out: Path) -> int:
         quant = {key: options[key] for key in ("bits", "blocksize", "double_quant")}
         config = json.loads((ckpt / "adapter_config.json").read_text())
         scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+        # Blocks of a fused module have n times the rank and as much more alpha: the same scaling.
         adapter = load_file(ckpt / "adapter_model.safetensors")
+        split = read_split(ckpt / "adapter_model.safetensors")
     except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{ckpt} is no whole checkpoint of train.py: {error}") from None
     if out.exists():
@@ -65,7 +72,8 @@ def merge(ckpt: Path, base: Path, out: Path) -> int:
                         adapter.pop(f"{name}.lora_B.weight", None),
                     )
                     if lora_A is not None:
-                        written[key] = merged_weight(weight, lora_A, lora_B, scaling, **quant)
+                        rows = split.get(name.rpartition(".")[2], {}).get("rows")
+                        written[key] = merged_weight(weight, lora_A, lora_B, scaling, rows, **quant)
                         merged += 1
                 save_file(written, part / shard.name, metadata={"format": "pt"})
         described = json.loads((part / "config.json").read_text()) | {"torch_dtype": "bfloat16"}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import hugging_face_model, our_model, tiny_config
 
-from llama.attention import Layout
+from llama.attention import Layout, Scores
 from llama.model import PIECES
 from llama.rope import rotary_table
 from lora.inject import inject, lora_layers
@@ -62,8 +62,9 @@ def test_add_norm(dtype, add):
 
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swiglu(dtype):
-    for plain, fused in both("swiglu", [torch.randn(5, 2 * 1100, device=DEVICE, dtype=dtype)], ()):
+@pytest.mark.parametrize("name", ["swiglu", "geglu"])
+def test_swiglu_and_geglu(dtype, name):
+    for plain, fused in both(name, [2 * torch.randn(5, 2 * 1100, device=DEVICE, dtype=dtype)], ()):
         close(fused, plain, dtype)
 
 
@@ -78,6 +79,42 @@ def test_attention(dtype, lengths, heads, kv_heads, size):
     layout.edges = torch.cat([layout.edges, layout.edges[-1:].repeat(3)])
     qkv = torch.randn(sum(lengths), (heads + 2 * kv_heads) * size, device=DEVICE, dtype=dtype)
     for plain, fused in both("attention", [qkv], (*rotary, kv_heads, size, layout, None, 0)):
+        close(fused, plain, dtype)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "scores",
+    [
+        Scores(window=40),  # wider than a tile of float32 queries, so that whole tiles are skipped and some begin late
+        Scores(window=1),
+        Scores(window=500),
+        Scores(scale=0.3, softcap=1.5),
+        Scores(scale=0.3, softcap=2.0, window=33),
+    ],
+    ids=str,
+)
+def test_windows_and_soft_caps(dtype, scores):
+    layout = Layout.packed([5, 170, 1, 64], DEVICE)
+    rotary = rotary_table(torch.rand(8, device=DEVICE), layout.positions)
+    qkv = torch.randn(240, 8 * 16, device=DEVICE, dtype=dtype)
+    plain_scores = attention_of(PIECES, qkv, rotary, layout, Scores())
+    assert scores.window == 500 or (attention_of(PIECES, qkv, rotary, layout, scores) - plain_scores).abs().max() > 0.1
+    for plain, fused in both("attention", [qkv], (*rotary, 2, 16, layout, None, 0, scores)):
+        close(fused, plain, dtype)
+
+
+def attention_of(pieces, qkv, rotary, layout, scores):
+    return pieces["attention"](qkv * 1, *rotary, 2, 16, layout, None, 0, scores)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_of_heads_that_are_no_residual(dtype):
+    """q and k norms and Gemma's norms after a sub-layer read the compute dtype, with nothing to add"""
+    inputs, weight = [torch.randn(7, 32, device=DEVICE, dtype=dtype), None], torch.rand(32, device=DEVICE)
+    for plain, fused in both("add_norm", inputs, (weight, 1e-5, dtype)):
         close(fused, plain, dtype)
 
 
