@@ -155,6 +155,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     for name, least in least_values.items():
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    if args.memory_budget and (args.readable or args.dropout):
+        parser.error("--memory-budget plans the fast path; leave out --readable and --dropout")
     given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")}
     if args.resume and (others := given - {"--resume", "--out", "--device"}):
         parser.error(f"--resume goes on with the options of the first start; leave out {', '.join(sorted(others))}")

@@ -62,3 +62,12 @@ def test_without_a_gpu_nothing_is_moved_to_the_host():
 
 def test_free_memory_is_part_of_the_machine():
     assert 0 < free_memory(torch.device("cpu")) < 2**50
+
+
+@pytest.mark.parametrize("other", [["--readable"], ["--dropout", "0.1"]])
+def test_a_budget_that_nothing_would_keep_is_refused(other, capsys):
+    from train import parse_arguments
+
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments(["--memory-budget", "6GiB", *other])
+    assert stopped.value.code == 2 and "leave out --readable and --dropout" in capsys.readouterr().err
