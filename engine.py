@@ -80,9 +80,9 @@ class Step:
                 self.factors.spread(self.groups, self.model.compute_dtype)
             arrays = feed.on_device
             layout = Layout(arrays["positions"], rows, self.shape.longest, arrays["slots"], edges=arrays["edges"])
-            logits = self.model(arrays["tokens"], layout, arrays["at"])  # (M, V)
+            states = self.model.hidden_states(arrays["tokens"], layout, at=arrays["at"])  # (M, C)
             # A sum in nats times one weight for the whole window: a mean of means would weigh short batches more.
-            loss = self.loss(logits, arrays) * scalars["weight"]
+            loss = self.loss(self.model.head(states), arrays, states) * scalars["weight"]
             loss.backward()
             total += loss.detach()
         self.factors.gather(self.groups)

@@ -1,7 +1,7 @@
 """Price the held-out items of a run, honestly: how far off, in dollars, beside guesses that need no language model.
 
     python evaluate.py --ckpt out/
-    python evaluate.py --ckpt out/ --decode head                   by the head that `python -m pricing.head` trained
+    python evaluate.py --ckpt out/ --decode head                   by the head alone
     python evaluate.py --ckpt out/ --baselines                     a random forest and others beside it
     python evaluate.py --compare a/report b/report                 which of two runs is better, and how surely
 
@@ -15,34 +15,22 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from forecast import Run, forecast, tree_functions, without_adapter
 from lora.checkpoint import write_directory
-from lora.inject import lora_layers
-from pricer import (
-    add_batch_argument,
-    add_model_arguments,
-    check_same_data,
-    distributions,
-    head_states,
-    load_run,
-    open_head,
-    pick_device,
-    pick_dtype,
-    read_run,
-    run_main,
-    tree_functions,
-)
+from pricer import add_batch_argument, add_model_arguments, check_same_data, pick_device, pick_dtype, run_main
 from pricing.baselines import run_baselines
+from pricing.batch import by_length
 from pricing.catalogue import least_error
 from pricing.console import show_guess, table
-from pricing.decode import PICKS, PriceTree, greedy_prices, pick
-from pricing.head import blend
-from pricing.intervals import SHARES, central_range, widen
-from pricing.items import sample
+from pricing.decode import PICKS, greedy_prices, pick
+from pricing.intervals import SHARES, calibrated_range
+from pricing.items import MIN_PRICE, normalise_title, sample
 from pricing.leaks import leaks
 from pricing.metrics import colour, paired_difference, score
-from pricing.prompt import encode_prompt
 from pricing.report import compare_reports, comparison_table, write_report
 from pricing.sources import load_items
+
+BLEND = "fine-tuned, blended with forest and network"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,10 +45,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--items", type=int, default=None, help="price a fixed sample of so many test items")
     parser.add_argument(
         "--decode",
-        default="median",
         choices=[*PICKS, "head", "blend"],
-        help="how one price is chosen from the distribution; head: not from it, but by the trained head; "
-        "blend: half way, in log price, between the two medians",
+        help="how one price is chosen from the digits' distribution; head: not from it, but the head's median; blend: "
+        "half way between the two medians, in log price (default, where there is a head; else median)",
     )
     shares = [round(100 * share) for share in SHARES]
     parser.add_argument("--interval", type=int, default=80, choices=shares, help="per cent of prices a range holds")
@@ -85,52 +72,51 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def guess_prices(model, tree, prompts, args, decode: str, on_guess=None) -> tuple[np.ndarray, np.ndarray, int]:
-    """(guesses (items,) dollars, distributions (items, 1000), parse failures); `on_guess(indices, guesses)` as they
-    come."""
-    guesses = np.full(len(prompts), np.nan)
-    functions = tree_functions(model, prompts) if decode == "greedy" else ()
-
-    def on_batch(indices, p):
-        if decode == "greedy":
-            guesses[indices] = greedy_prices(*functions, [prompts[i] for i in indices], tree)
-        else:
-            guesses[indices] = pick(p, decode)
-        if on_guess:
-            on_guess(indices, guesses[indices])
-
-    p = distributions(model, tree, prompts, args.batch_tokens, args.prune, on_batch)
-    return guesses, p, int(np.isnan(guesses).sum())
+def greedy(run: Run, prompts: list[list[int]], batch_tokens: int | None) -> np.ndarray:
+    """What the model writes, likeliest token by likeliest token; NaN where that is no price  # (items,) dollars"""
+    if len(run.paths) > 1:
+        raise ValueError(f"--decode greedy reads one model's text; {run.paths[0]} has {len(run.paths)} members")
+    functions, guesses = tree_functions(run.model, prompts), np.full(len(prompts), np.nan)
+    for indices in by_length(prompts, batch_tokens or (16384 if run.model.device.type == "cuda" else 2048)):
+        guesses[indices] = greedy_prices(*functions, [prompts[i] for i in indices], run.tree)
+    return guesses
 
 
 def main() -> None:
     args = parse_arguments()
     if args.compare:
         return print(compare_reports(*args.compare))
-    run = read_run(args.ckpt)
-    options = run["options"]
     device = pick_device(args.device)
-    head = open_head(args.ckpt) if args.decode in ("head", "blend") else None
-    decode = "median" if head else args.decode  # of the distribution
+    run = Run(args.ckpt, device, pick_dtype(args.dtype, device))
+    options = run.options
     items, _, identity = load_items(options["data"], options["size"], options["data_seed"], options["strict"])
-    check_same_data(run, identity)
+    check_same_data(run.about, identity)
     train = sample([item for item in items if item.split == "train"], options.get("train_items"))
     if args.data:  # priced by the same run and the same baselines, which know its own training items only
         items, skipped, _ = load_items(args.data, options["size"], options["data_seed"])
         print(f"data       {args.data}: {len(items):,} items" + (f"; left out: {skipped}" if skipped.counts else ""))
     test = [item for item in items if item.split == args.split]
-    test = sample(test, args.items)
     if not test:
         raise ValueError(f"{args.data or options['data']}: none of the {len(items)} items is in the {args.split} split")
+    known = {normalise_title(item.text) for item in train}
+    if trained := [item for item in test if normalise_title(item.text) in known]:
+        test = [item for item in test if normalise_title(item.text) not in known]
+        print(f"data       {len(trained):,} items left out: the run was trained on the same texts")
+        if not test:
+            raise ValueError(f"{args.data or options['data']}: all items of the {args.split} split were trained on")
+    test = sample(test, args.items)
     truth, categories = np.array([item.price for item in test]), [item.category for item in test]
-
-    model, tokenizer = load_run(args.ckpt, run, device, pick_dtype(args.dtype, device))
-    tree = PriceTree.build(tokenizer.encode_answer)
-    prompts = [encode_prompt(item.text, tokenizer, options["max_tokens"], run["prompt"]) for item in test]
+    prompts = run.prompts(test)
     constant, fallback = float(np.mean([i.price for i in train])), float(np.median([i.price for i in train]))
 
     # ---- fine-tuned ------------------------------------------------------------------------------------------------
+    decode, share = run.decoding(args.decode), args.interval / 100
+    ranged = decode if decode in ("head", "blend") else "median"  # what the price ranges go by
+    held = run.held(ranged)
     bar = tqdm(total=len(test), unit="item", dynamic_ncols=True)
+
+    def guess_of(found) -> np.ndarray:
+        return found.median(decode) if decode in ("median", "head", "blend") else pick(found.distribution, decode)
 
     def show(indices, guesses):
         bar.update(len(indices))
@@ -139,48 +125,44 @@ def main() -> None:
                 guess = fallback if np.isnan(guess) else guess
                 tqdm.write(show_guess(test[i].title, truth[i], guess, colour(truth[i], guess)))
 
-    share, offsets = args.interval / 100, run.get("intervals", {}).get("offsets", {})
-
-    def middle(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ranges calibrated on validation items by train.py; without those, the model's own middle."""
-        return widen(*central_range(p, share), offsets.get(str(args.interval), 0.0))
-
     started = time.perf_counter()
-    if head:
-        states = head_states(model, prompts, head.settings, args.batch_tokens)
-        guess, interval, failures = head.median(states), head.interval(states, share), 0
-        if args.decode == "blend":
-            median, p, _ = guess_prices(model, tree, prompts, args, decode)
-            guess = blend(guess, median)
-            interval = tuple(map(blend, interval, middle(p)))
-        show(range(len(test)), guess)
-    else:
-        guess, p, failures = guess_prices(model, tree, prompts, args, decode, show)
-        interval = middle(p)
+    written = greedy(run, prompts, args.batch_tokens) if decode == "greedy" else None
+    found = run.forecast(
+        prompts, args.batch_tokens, args.prune,
+        lambda indices, part: show(indices, guess_of(part) if written is None else written[indices]),
+    )  # fmt: skip
+    guess = guess_of(found) if written is None else written
+    failures = int(np.isnan(guess).sum())
+    low, high, calibrated = calibrated_range(found.quantiles(ranged), share, *held)
+    interval = low, high
     seconds = time.perf_counter() - started
     bar.close()
     # A greedy text that is no price says nothing: it is priced like an unknown product, and counted.
     guess = np.where(np.isnan(guess), fallback, guess)
     metrics = score(truth, guess, constant, categories, failures, interval)
-    metrics |= {"seconds": round(seconds, 2), "decode": args.decode, "share": share}
-    metrics["calibrated"] = str(args.interval) in offsets
+    metrics |= {"seconds": round(seconds, 2), "decode": decode, "share": share, "calibrated": calibrated}
     comparison = {"fine-tuned": metrics}
 
-    def add(name: str, other: np.ndarray, seconds: float, failures: int = 0) -> None:
+    def add(name: str, other: np.ndarray, seconds: float) -> None:
         above = paired_difference(np.abs(truth - other), np.abs(truth - guess))
-        comparison[name] = score(truth, other, constant, categories, failures) | {"seconds": seconds, "above": above}
+        comparison[name] = score(truth, other, constant, categories) | {"seconds": seconds, "above": above}
 
     # ---- the same model without its adapter, and predictors that read no language ----------------------------------
     if args.untuned:
-        for layer in lora_layers(model).values():
-            layer.lora_B.data.zero_()  # B = 0 is the base model, bit for bit
         started = time.perf_counter()
-        with tqdm(total=len(test), unit="item", desc="untuned model") as bar:
-            plain, _, failed = guess_prices(model, tree, prompts, args, decode, lambda i, _: bar.update(len(i)))
-        plain = np.where(np.isnan(plain), fallback, plain)
-        add("untuned model", plain, round(time.perf_counter() - started, 2), failed)
+        with tqdm(total=len(test), unit="item", desc="untuned model") as bar, without_adapter(run.model):
+            plain = forecast(
+                run.model, run.tree, prompts, batch_tokens=args.batch_tokens, prune=args.prune,
+                on_batch=lambda indices, _: bar.update(len(indices)),
+            )  # fmt: skip
+        add("untuned model", plain.median(), round(time.perf_counter() - started, 2))
+    others = {}
     for name, result in run_baselines(train, test, args.baselines, device).items():
+        others[name] = result["guess"]
         add(name, result["guess"], result["seconds"])
+    if args.baselines:
+        parts = (guess, 0.65), (others["random forest"], 0.175), (others["residual network"], 0.175)
+        add(BLEND, np.exp(sum(weight * np.log(np.maximum(part, MIN_PRICE)) for part, weight in parts)), seconds)
     kept = ("mae", "mae_ci95", "median_error", "rmsle", "hits", "ratio", "seconds", "above")
     metrics["comparison"] = {name: {k: m[k] for k in kept if k in m} for name, m in comparison.items()}
     leaked = leaks([item.text for item in train], [item.text for item in test])
@@ -193,10 +175,11 @@ def main() -> None:
 
     # ---- report ----------------------------------------------------------------------------------------------------
     by = {"head": "the head's median", "blend": "the medians of head and distribution, blended"}
-    by = by.get(args.decode, f"{args.decode} of the distribution over whole dollars")
+    by = by.get(decode, f"{decode} of the distribution over whole dollars")
+    by += f", mean of {len(run.paths)} members" if len(run.paths) > 1 else ""
     about = (
         f"{options['model']}, {options['bits']} bits, LoRA rank {options['rank']} on {options['targets']}, "
-        f"{run['steps']:,} steps on {len(train):,} items of {options['data']}; {by}; "
+        f"{run.about['steps']:,} steps on {len(train):,} items of {options['data']}; {by}; "
         f"{args.split} items of {args.data or options['data']}, split by title."
     )
     out = Path(args.ckpt) / ("report" if args.split == "test" else "report_val")

@@ -51,7 +51,7 @@ class Estimate:
 
     def __init__(
         self, config: LlamaConfig, shape: Shape, *, bits: int, dtype: torch.dtype, rank: int, targets: str,
-        blocksize: int = 64, double_quant: bool = True,
+        blocksize: int = 64, double_quant: bool = True, head_numbers: int = 0,
     ):  # fmt: skip
         c, f = config.hidden_size, config.intermediate_size
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -72,7 +72,7 @@ class Estimate:
         self.embedding, self.head = table, 0 if self.tied else table
         self.head8 = config.vocab_size * (c + 4)
         # float32 value and gradient, and one piece in the compute dtype for each pass
-        self.lora = sum(rank * sum(linears[name]) for name in chosen) * self.layers
+        self.trained = sum(rank * sum(linears[name]) for name in chosen) * self.layers + head_numbers
         n, m = shape.tokens, shape.answers
         self.residual = 4 * c * n  # x, float32
         saved = 8 * c + (q + 2 * kv) * wide + q * wide + 4 * config.num_attention_heads + 2 * f * wide
@@ -96,7 +96,7 @@ class Estimate:
         fixed += self.scratch if plan.keep < self.layers else 0
         fixed += 0 if plan.host_embed else self.embedding
         fixed += self.head8 if plan.head8 else self.head
-        fixed += self.lora * (4 + 4 + OPTIMISERS[plan.optimiser][1] + 2 + 2)
+        fixed += self.trained * (4 + 4 + OPTIMISERS[plan.optimiser][1] + 2 + 2)
         # The last block goes on with the supervised rows alone, so it keeps about a third of the others.
         whole = max(0, self.layers - plan.recompute - 0.6)
         inputs = 3 * self.residual if plan.offload else plan.recompute * self.residual

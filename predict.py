@@ -1,11 +1,10 @@
-"""Price one description, or a file of them, with an 80 % range.
+"""Price one description, or a file of them, each with a range that holds 80 % of such prices.
 
     python predict.py --ckpt out/ "Steel water bottle, 750 ml, double wall"
     python predict.py --ckpt out/ --file items.jsonl > prices.csv
 
-The head that `python -m pricing.head` trained prices them, where the checkpoint has one; else the median of the model's
-distribution over whole dollars does. A file is .jsonl, .csv or .parquet with `text`, or `title` and more, in each row;
-or .txt with a text in each line.
+The price is the median of what the digits and the head think together. A file is .jsonl, .csv or .parquet with `text`,
+or `title` and more, in each row; or .txt with a text in each line.
 """
 
 import argparse
@@ -13,23 +12,10 @@ import csv
 import sys
 from pathlib import Path
 
-from pricer import (
-    add_batch_argument,
-    add_model_arguments,
-    distributions,
-    head_states,
-    load_run,
-    open_head,
-    pick_device,
-    pick_dtype,
-    read_run,
-    run_main,
-)
-from pricing.decode import PriceTree, pick
-from pricing.head import FILE
-from pricing.intervals import SHARE, central_range, widen
-from pricing.items import read_rows, text_of
-from pricing.prompt import encode_prompt
+from forecast import Run
+from pricer import add_batch_argument, add_model_arguments, pick_device, pick_dtype, run_main
+from pricing.intervals import SHARES, calibrated_range
+from pricing.items import Item, read_rows, text_of
 
 
 def read_texts(path: Path) -> list[str]:
@@ -55,7 +41,12 @@ def main() -> None:
     parser.add_argument("text", nargs="*", help="what to price")
     parser.add_argument("--ckpt", default="out", help="the directory that train.py wrote (default: out)")
     parser.add_argument("--file", type=Path, help="a file of texts; writes CSV: text, price, low, high in dollars")
-    parser.add_argument("--decode", choices=["head", "median"], help="default: head where there is one, else median")
+    parser.add_argument(
+        "--decode", choices=["median", "head", "blend"],
+        help="median of the digits' distribution, the head's, or both blended (default, where there is a head)",
+    )  # fmt: skip
+    shares = [round(100 * share) for share in SHARES]
+    parser.add_argument("--interval", type=int, default=80, choices=shares, help="per cent of prices a range holds")
     add_batch_argument(parser)
     add_model_arguments(parser)
     args = parser.parse_args()
@@ -65,18 +56,15 @@ def main() -> None:
     if any(not text.strip() for text in texts):
         raise ValueError("the text to price is empty")
 
-    head = args.decode == "head" or (args.decode is None and (Path(args.ckpt) / FILE).is_file())
-    run, device = read_run(args.ckpt), pick_device(args.device)
-    head = open_head(args.ckpt) if head else None
-    model, tokenizer = load_run(args.ckpt, run, device, pick_dtype(args.dtype, device))
-    prompts = [encode_prompt(text, tokenizer, run["options"]["max_tokens"], run["prompt"]) for text in texts]
-    if head:
-        states = head_states(model, prompts, head.settings, args.batch_tokens)
-        rows = zip(texts, head.median(states), *head.interval(states), strict=True)
-    else:
-        p = distributions(model, PriceTree.build(tokenizer.encode_answer), prompts, args.batch_tokens, prune=0.0)
-        offset = run.get("intervals", {}).get("offsets", {}).get(f"{100 * SHARE:.0f}", 0.0)  # calibrated by train.py
-        rows = zip(texts, pick(p, "median"), *widen(*central_range(p), offset), strict=True)
+    device = pick_device(args.device)
+    run = Run(args.ckpt, device, pick_dtype(args.dtype, device))
+    decode = run.decoding(args.decode)
+    items = [Item(str(n), text.strip().splitlines()[0], text, 1.0, "", "test") for n, text in enumerate(texts)]
+    found = run.forecast(run.prompts(items), args.batch_tokens, prune=0.0)
+    low, high, calibrated = calibrated_range(found.quantiles(decode), args.interval / 100, *run.held(decode))
+    if not calibrated:
+        print("the run has too few validation items: ranges are the model's own, not calibrated", file=sys.stderr)
+    rows = zip(texts, found.median(decode), low, high, strict=True)
     if args.file:
         writer = csv.writer(sys.stdout)
         writer.writerow(["text", "price", "low", "high"])
@@ -84,7 +72,7 @@ def main() -> None:
     else:
         for text, price, low, high in rows:
             title = " ".join(text.split())[:80]
-            print(f"${price:.0f}   (80 %: ${low:.0f} to ${high:.0f})   {title}")
+            print(f"${price:.0f}   ({args.interval} %: ${low:.0f} to ${high:.0f})   {title}")
 
 
 if __name__ == "__main__":

@@ -1,41 +1,27 @@
 """Where the rooms meet: what train.py, evaluate.py and predict.py share. `llama/`, `quant/`, `lora/` and `pricing/`
-do not know each other; here a directory becomes a quantised model, and a model becomes prices.
+do not know each other; here a directory becomes a quantised model. forecast.py makes prices of it.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
 import signal
 import sys
-import tempfile
-import time
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Callable
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from llama.attention import Layout
 from llama.config import LlamaConfig
 from llama.hub import resolve_model
 from llama.model import Llama
 from llama.tokenizer import Tokenizer
 from llama.weights import load_weights
 from lora.adapter import load_adapter
-from lora.inject import lora_layers
 from memory import Plan, Recompute, free_memory
-from pricing.batch import Shape, by_length
-from pricing.decode import PriceTree, price_distribution
-from pricing.head import Head, Recipe, fit_head, load_head, save_head
-from pricing.items import sample
-from pricing.prompt import encode_prompt
-from pricing.sources import load_items
+from pricing.batch import Shape
 from quant.fast import Group, HostEmbedding, group_linears, quantise_head, triton
 from quant.linear import FrozenLinear, quantise_linear
 
@@ -225,198 +211,3 @@ def peak_memory(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
-
-
-def test_prompts(run: dict, tokenizer: Tokenizer, items: int | None = None) -> list[list[int]]:
-    """The prompts of a run's own test items, or of a fixed sample of so many"""
-    options = run["options"]
-    loaded, _, identity = load_items(options["data"], options["size"], options["data_seed"], options["strict"])
-    check_same_data(run, identity)
-    test = [item for item in loaded if item.split == "test"]
-    return [encode_prompt(i.text, tokenizer, options["max_tokens"], run["prompt"]) for i in sample(test, items)]
-
-
-def tree_functions(model: Llama, prompts: list[list[int]]) -> tuple[Callable, Callable]:
-    """`prefill` and `extend` for pricing.decode, for any of `prompts`: what all begin with is read once, here."""
-    shared = 0
-    if len(prompts) > 4:  # fewer are sooner read whole
-        first, last = min(prompts), max(prompts)  # what these two share, all that lie between share too
-        while shared < min(map(len, prompts)) - 1 and first[shared] == last[shared]:
-            shared += 1
-    prefix = model.read_prefix(prompts[0][:shared]) if shared else None
-
-    def prefill(part, choices):
-        return model.prefill([prompt[shared:] for prompt in part], choices.to(model.device), prefix)
-
-    def extend(cache, tokens, parents, choices):
-        return model.extend(cache, tokens, parents, choices.to(model.device))
-
-    return prefill, extend
-
-
-def distributions(
-    model: Llama, tree: PriceTree, prompts: list[list[int]], batch_tokens: int | None, prune: float, on_batch=None
-) -> np.ndarray:
-    """P(price) of every prompt, in order (items, 1000); batched by length. `on_batch(indices, P)` sees each batch as
-    it comes."""
-    result = np.zeros((len(prompts), 1000))
-    prefill, extend = tree_functions(model, prompts)
-    for indices in by_length(prompts, batch_tokens or (16384 if model.device.type == "cuda" else 2048)):
-        result[indices], _ = price_distribution(prefill, extend, [prompts[i] for i in indices], tree, prune)
-        if on_batch:
-            on_batch(indices, result[indices])
-    return result
-
-
-@contextmanager
-def without_adapter(model: Llama):
-    """The base model, bit for bit, while this lasts: B = 0."""
-    layers = lora_layers(model).values()
-    kept = [layer.lora_B.detach().clone() for layer in layers]
-    try:
-        for layer in layers:
-            layer.lora_B.data.zero_()
-        yield
-    finally:
-        for layer, lora_B in zip(layers, kept, strict=True):
-            layer.lora_B.data.copy_(lora_B)
-
-
-@torch.no_grad()
-def last_states(
-    model: Llama, prompts: list[list[int]], batch_tokens: int | None, blocks=None, mean: bool = False, on_batch=None
-) -> np.ndarray:
-    """The residual stream at the last token of each prompt (items, C) float32, in order; batched by length.
-
-    `blocks`: after these, from 1 to the number of blocks L, which is normed as the head reads it (the default), one
-    vector after the other (items, len(blocks) C): what transformers calls hidden_states[block]. With `mean`, each is
-    followed by its mean over the prompt's tokens. `on_batch(indices)` after each batch. Raises ValueError for a block
-    that is not there.
-    """
-    last = len(model.layers)
-    blocks = [last] if blocks is None else list(blocks)
-    if not blocks or any(not 1 <= block <= last for block in blocks):
-        raise ValueError(f"the model has the blocks 1 to {last}, asked for {', '.join(map(str, blocks)) or 'none'}")
-    width = model.config.hidden_size * (2 if mean else 1)
-    result = np.zeros((len(prompts), len(blocks) * width), np.float32)
-    taken: dict[int, torch.Tensor] = {}
-
-    def reduce(stream: torch.Tensor) -> torch.Tensor:  # (N, C) -> (B, C) or (B, 2C)
-        rows = stream.index_select(0, layout.last)
-        # A sum by segment: index_add_ would add in another order each time on a GPU.
-        return torch.cat([rows, torch.segment_reduce(stream, "mean", lengths=lengths)], 1) if mean else rows
-
-    def keeper(block: int):
-        def keep(module, args, output):
-            taken[block] = reduce((output[0] + output[1]).float())
-
-        return keep
-
-    hooks = [model.layers[block - 1].register_forward_hook(keeper(block)) for block in set(blocks) - {last}]
-    try:
-        for indices in by_length(prompts, batch_tokens or (16384 if model.device.type == "cuda" else 2048)):
-            part = [prompts[i] for i in indices]
-            layout = Layout.packed([len(prompt) for prompt in part], model.device)
-            lengths = torch.tensor([len(prompt) for prompt in part], device=model.device)
-            tokens = torch.tensor([token for prompt in part for token in prompt], device=model.device)  # (N,)
-            if mean:
-                taken[last] = reduce(model.hidden_states(tokens, layout))
-            else:
-                taken[last] = model.hidden_states(tokens, layout, at=layout.last)
-            result[indices] = torch.cat([taken[block] for block in blocks], dim=1).cpu().numpy()
-            if on_batch:
-                on_batch(indices)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return result
-
-
-def adapter_digest(ckpt: str | Path) -> str:
-    return hashlib.sha256((Path(ckpt) / "adapter_model.safetensors").read_bytes()).hexdigest()
-
-
-def head_states(model: Llama, prompts: list[list[int]], settings: dict, batch_tokens: int | None) -> np.ndarray:
-    """What a head with `settings` (states, blocks, mean) reads of each prompt (items, I) float32."""
-    passes = {"tuned": [nullcontext], "untuned": [without_adapter], "both": [nullcontext, without_adapter]}
-    passes, parts = passes[settings["states"]], []
-    with tqdm(total=len(passes) * len(prompts), desc="states", unit="item", leave=False) as bar:
-        for context in passes:
-            with context(model):
-                options = settings["blocks"], settings["mean"], lambda indices: bar.update(len(indices))
-                parts.append(last_states(model, prompts, batch_tokens, *options))
-    return np.concatenate(parts, axis=1)
-
-
-def kept_states(ckpt: str | Path, run: dict, model: Llama, prompts: list, settings: dict, batch_tokens) -> np.ndarray:
-    """head_states, kept in the checkpoint's states/ under a hash of all that decides them: adapter, base, precision,
-    which states, token ids."""
-    keys = ("bits", "blocksize", "double_quant")
-    which = [settings[key] for key in ("states", "blocks", "mean")]
-    precision = [str(model.compute_dtype), model.device.type, [run["options"][key] for key in keys]]
-    identity = [run.get("base_model"), adapter_digest(ckpt), precision, which, prompts]
-    path = Path(ckpt) / "states" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.safetensors"
-    try:
-        return load_file(path)["states"].numpy()
-    except (OSError, SafetensorError, KeyError):  # not there, or damaged: computed again
-        pass
-    states = head_states(model, prompts, settings, batch_tokens)
-    path.parent.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".states-", delete=False) as part:
-        save_file({"states": torch.from_numpy(states)}, part.name)
-    os.replace(part.name, path)
-    return states
-
-
-def open_head(ckpt: str | Path) -> Head:
-    """The head of a checkpoint. Raises ValueError where there is none, or where it was trained beside other weights."""
-    head = load_head(ckpt)
-    if head.settings.get("adapter") != adapter_digest(ckpt):
-        raise ValueError(
-            f"the head in {ckpt} was trained on the states of another adapter; "
-            f"train it anew with `python -m pricing.head --ckpt {ckpt}`"
-        )
-    return head
-
-
-def parse_blocks(text: str | None, layers: int) -> list[int]:
-    """[10, 20, 30] from "10,20,30"; by default a third, two thirds and all of the model's `layers`."""
-    if text is None:
-        return sorted({max(1, round(layers / 3)), max(1, round(2 * layers / 3)), layers})
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--blocks takes numbers joined by commas, as in 10,20,30; got {text!r}") from None
-
-
-def train_head(args: argparse.Namespace, recipe: Recipe) -> None:
-    """What `python -m pricing.head` does: states of the run's training and validation items, a head on them."""
-    run = read_run(args.ckpt)
-    options, device = run["options"], pick_device(args.device)
-    items, _, identity = load_items(options["data"], options["size"], options["data_seed"], options["strict"])
-    check_same_data(run, identity)
-    by_split = {split: [item for item in items if item.split == split] for split in ("train", "val")}
-    if args.items is not None:
-        by_split["train"] = sample(by_split["train"], args.items)
-    if not all(by_split.values()):
-        raise ValueError(f"{options['data']}: a head needs training and validation items")
-    model, tokenizer = load_run(args.ckpt, run, device, pick_dtype(args.dtype, device))
-    blocks = parse_blocks(args.blocks, len(model.layers))
-    settings = {"states": args.states, "blocks": blocks, "mean": args.mean, "adapter": adapter_digest(args.ckpt)}
-    started, parts = time.perf_counter(), []
-    for chosen in by_split.values():
-        prompts = [encode_prompt(item.text, tokenizer, options["max_tokens"], run["prompt"]) for item in chosen]
-        parts.append(kept_states(args.ckpt, run, model, prompts, settings, args.batch_tokens))
-    states = np.concatenate(parts)
-    print(
-        f"states     {args.states}, after block {', '.join(map(str, blocks))}{' and their means' * args.mean}: "
-        f"{states.shape[1]:,} numbers for each of {len(states):,} items in {time.perf_counter() - started:.1f} s"
-    )
-    started = time.perf_counter()
-    joined = by_split["train"] + by_split["val"]
-    head = fit_head(joined, states, recipe, device, settings, lambda line: print(f"head       {line}"))
-    print(
-        f"head       validation off by ${head.settings['val_mae_dollars']:.2f} on {len(by_split['val']):,} items, "
-        f"trained in {time.perf_counter() - started:.1f} s; saved as {save_head(head, args.ckpt)}"
-    )
-    print(f"now run    python evaluate.py --ckpt {args.ckpt} --decode head")

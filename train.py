@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from engine import Step
+from forecast import MOST_HELD, Forecast, adapter_digest, encode_run, forecast, write_held
 from lora.adapter import load_adapter, save_adapter
 from lora.checkpoint import check_writable, load_state, save_state, write_directory
 from lora.inject import inject, lora_layers
@@ -30,7 +31,6 @@ from memory import Estimate, Plan, choose, free_memory, parse_bytes
 from pricer import (
     add_model_arguments,
     check_same_data,
-    distributions,
     load_base,
     memory_report,
     open_base,
@@ -44,14 +44,13 @@ from pricer import (
 )
 from pricing.batch import batches, count_batches, pack, shape_of
 from pricing.console import show_example
-from pricing.decode import PriceTree, pick
-from pricing.intervals import conformal_offsets
+from pricing.decode import PriceTree
+from pricing.head import JointLoss, joint_head, joint_numbers, load_head, save_head
 from pricing.items import Item, sample
 from pricing.loss import CRPS_SCALES, LOSSES, AnswerLoss
-from pricing.prompt import encode_items, encode_prompt, load_prompt
+from pricing.neighbours import INDEX, build, with_neighbours
+from pricing.prompt import encode_items, load_prompt
 from pricing.sources import load_items
-
-MOST_CALIBRATED = 2000  # validation items that price ranges are calibrated on: then a share is right within 1 %
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -82,6 +81,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group.add_argument("--train-items", type=int, default=None, help="learn from a fixed sample of so many")
     group.add_argument("--prompt", default="first", help="first, second, compact, or a text file with {text} in it")
     group.add_argument("--max-tokens", type=int, default=176, help="tokens of the prompt; longer texts are cut")
+    group.add_argument(
+        "--neighbours", type=int, default=0, metavar="K",
+        help="name the prices of the K most similar training items in the prompt",
+    )  # fmt: skip
     group.add_argument("--strict", action="store_true", help="a bad row is an error instead of a count")
     group = parser.add_argument_group("training")
     group.add_argument(
@@ -106,6 +109,17 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group.add_argument(
         "--crps-scale", default="log", choices=CRPS_SCALES, help="unit of the CRPS: ln price, or dollars"
     )
+    group.add_argument(
+        "--head", default="quantile", choices=["none", "quantile"],
+        help="quantile: train a small network with the adapter that reads price quantiles off the last token's state",
+    )  # fmt: skip
+    group.add_argument(
+        "--head-weight", type=float, default=50.0,
+        help="nats for each unit of an item's pinball loss, in standard deviations of log price",
+    )  # fmt: skip
+    group.add_argument(
+        "--members", type=int, default=1, help="train so many adapters, from one seed after the other; averaged"
+    )
     group.add_argument("--epochs", type=float, default=1.0, help="passes over the training items")
     group.add_argument("--max-steps", type=int, default=None, help="stop after this many optimiser steps")
     group.add_argument(
@@ -126,7 +140,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group.add_argument("--seed", type=int, default=0, help="of LoRA's start, dropout and the order of items")
     group = parser.add_argument_group("reporting")
     group.add_argument("--val-items", type=int, default=48, help="validation items priced at each check; 0 for none")
-    group.add_argument("--val-every", type=int, default=None, help="steps between checks (default: half of the run)")
+    group.add_argument(
+        "--val-every", "--eval-every", type=int, default=None, help="steps between checks (default: half of the run)"
+    )
     group.add_argument(
         "--patience", type=int, default=None, help="stop after so many checks without a better validation error"
     )
@@ -152,6 +168,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     least_values = dict(size=1, max_tokens=1, batch_tokens=1, accumulate=1, log_every=1, val_items=0, warmup=0)
+    least_values |= dict(members=1, neighbours=0)
     for name, least in least_values.items():
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
@@ -160,8 +177,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")}
     if args.resume and (others := given - {"--resume", "--out", "--device"}):
         parser.error(f"--resume goes on with the options of the first start; leave out {', '.join(sorted(others))}")
-    above_zero = ("epochs", "lr", "clip", "soft_width", "crps_weight", "max_minutes", "max_steps", "val_every")
-    for name in (*above_zero, "save_every", "patience", "train_items"):
+    above_zero = ("epochs", "lr", "clip", "soft_width", "crps_weight", "head_weight", "max_minutes", "max_steps")
+    for name in (*above_zero, "val_every", "save_every", "patience", "train_items"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
     return args
@@ -176,14 +193,23 @@ def learning_rate(progress: float, peak: float, schedule: str, warmup: float) ->
 
 
 def main() -> None:
+    """Train every member; the first is the checkpoint --out itself, the others lie in its members/."""
     args = parse_arguments()
+    options = vars(args) | (read_run(args.out)["options"] if args.resume else {})
+    for number in range(options["members"]):
+        out = Path(args.out, "members", str(number)) if number else Path(args.out)
+        chosen = options | {"out": str(out), "device": args.device, "resume": args.resume and out.is_dir()}
+        if options["members"] > 1:
+            print(f"member     {number + 1} of {options['members']}")
+        train(argparse.Namespace(**chosen | {"seed": options["seed"] + number}))
+    print(f"now run    python evaluate.py --ckpt {args.out}/")
+
+
+def train(args: argparse.Namespace) -> None:
     out = Path(args.out)
     device = pick_device(args.device)
     if args.resume:
         run = read_run(out)
-        args = argparse.Namespace(
-            **vars(args) | run["options"] | {"out": args.out, "device": args.device, "resume": True}
-        )
     elif out.exists() and not (out / "run.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists and is no earlier run of train.py; choose another name")
     check_writable(out)
@@ -207,7 +233,9 @@ def main() -> None:
 
     # ---- tokens and batches ----------------------------------------------------------------------------------------
     config, tokenizer, directory = open_base(args.model)
-    examples = encode_items(train_items, tokenizer, args.max_tokens, prompt)
+    index = build(train_items) if args.neighbours else None
+    templates = with_neighbours(train_items, prompt, index, args.neighbours)
+    examples = encode_items(train_items, tokenizer, args.max_tokens, templates)
     tree = PriceTree.build(tokenizer.encode_answer)
     loss = AnswerLoss(
         args.loss, tree, args.soft_width, device, crps_weight=args.crps_weight, crps_scale=args.crps_scale
@@ -223,6 +251,7 @@ def main() -> None:
         estimate = Estimate(
             config, shape, bits=args.bits, dtype=dtype, rank=args.rank, targets=args.targets,
             blocksize=args.blocksize, double_quant=args.double_quant,
+            head_numbers=joint_numbers(config.hidden_size) if args.head == "quantile" else 0,
         )  # fmt: skip
         budget = parse_bytes(args.memory_budget) if args.memory_budget else free_memory(device)
         trades, reasons = choose(estimate, budget, args.optimiser, gpu=device.type == "cuda")
@@ -232,7 +261,20 @@ def main() -> None:
     else:
         inject(model, rank=args.rank, alpha=args.alpha, dropout=args.dropout, rslora=args.rslora, targets=args.targets)
     model.train()
-    factors = FlatFactors(lora_layers(model))
+    head = None
+    if args.head == "quantile":
+        if args.resume:
+            head = load_head(out).to(device).requires_grad_(True)
+        else:
+            settings = {"states": "tuned", "blocks": [len(model.layers)], "mean": False, "joint": True}
+            # What the head reads has been through the last norm, so its size is that norm's weights'.
+            size = float(model.norm.weight.square().mean().sqrt())
+            prices = np.array([item.price for item in train_items])
+            head = joint_head(prices, config.hidden_size, size, settings, device)
+        if not head.settings.get("joint"):
+            raise ValueError(f"{out}: its head was trained after the run, which cannot go on with it")
+        loss = JointLoss(loss, head, args.head_weight, shape.items)
+    factors = FlatFactors(lora_layers(model), list(head.parameters()) if head else [])
     optimiser = make_optimiser(trades.optimiser, factors.parameter, args.lr, args.weight_decay)
     groups = [] if args.readable or args.dropout else speed_up(model, trades, shape)
     loaded = f"loaded in {time.perf_counter() - started:.1f} s, peak {peak_memory(device):.2f} GiB"
@@ -279,16 +321,14 @@ def main() -> None:
 
     def save() -> None:
         """A whole checkpoint directory, under its name only when complete."""
-        intervals = {}
-        if val_items:  # all of them, or a large sample, so that price ranges hold what they promise
-            error, p, truth = validate(sample(all_val_items, MOST_CALIBRATED))
-            intervals = {"items": len(truth), "offsets": conformal_offsets(p, truth), "val_mae_dollars": error}
+        held = sample(all_val_items, MOST_HELD) if val_items else []  # for price ranges that hold what they promise
+        error, found, truth = validate(held) if held else (None, None, None)
         record = {
             "options": {k: v for k, v in vars(args).items() if k != "resume"},
             "base_model": {"name": args.model, "directory": directory.name},
             "data": identity | {"train": len(train_items)},
             "prompt": prompt,
-            "intervals": intervals,
+            "validation": {"items": len(held), "mae_dollars": error},
             "split": "by `split` column, else by hash of the title: 85 % train, 5 % val, 10 % test",
             "versions": {name: version(name) for name in ("torch", "bitsandbytes", "safetensors", "tiktoken")}
             | {"python": platform.python_version()},
@@ -301,18 +341,26 @@ def main() -> None:
         }
         with write_directory(out) as part:
             save_adapter(model, part, base_model=published_name(args.model))
+            if head:
+                head.settings["adapter"] = adapter_digest(part)
+                save_head(head, part)
+            if index:
+                index.save(part / INDEX)
+            if held:
+                heads = {} if head is None else {"head": found.head}
+                write_held(part, {"price": truth, "digits": found.digits} | heads)
             save_state(part / "state", factors, optimiser, progress)
             (part / "run.json").write_text(json.dumps(record, indent=2) + "\n")
             (part / "metrics.jsonl").write_text("".join(json.dumps(m, allow_nan=False) + "\n" for m in metrics))
 
-    def validate(items: list[Item]) -> tuple[float, np.ndarray, np.ndarray]:
-        """Dollars of mean absolute error of the median on `items`, their distributions (items, 1000) and prices"""
-        prompts = [encode_prompt(item.text, tokenizer, args.max_tokens, prompt) for item in items]
+    def validate(items: list[Item]) -> tuple[float, Forecast, np.ndarray]:
+        """Dollars of mean absolute error on `items`, what is thought of them, and their prices"""
+        prompts = encode_run(items, tokenizer, vars(args), prompt, index)
         truth = np.array([item.price for item in items])
         model.eval()
-        p = distributions(model, tree, prompts, args.batch_tokens, prune=1e-3)
+        found = forecast(model, tree, prompts, head, batch_tokens=args.batch_tokens)
         model.train()
-        return float(np.abs(pick(p, "median") - truth).mean()), p, truth
+        return float(np.abs(found.median() - truth).mean()), found, truth
 
     def report(number: int, rate: float, real_tokens: int, outcome) -> None:
         """Read what a step gave (waiting for it), and write it down"""
@@ -393,7 +441,6 @@ def main() -> None:
         f"{progress['seconds']:,.0f} s, {progress['tokens'] / max(progress['seconds'], 1e-9):,.0f} tokens/s over all"
     )
     print(f"trained    {step:,} steps in {overall}; checkpoint in {out}/")
-    print(f"now run    python evaluate.py --ckpt {out}/")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ The first pass warms up (kernels are compiled and chosen), the others are measur
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -16,18 +17,9 @@ import torch
 
 from benchmarks.random_model import SHAPES, directory_of
 from benchmarks.workload import W8B, random_sequences
+from forecast import Run, forecast, test_prompts
 from memory import Plan, free_memory
-from pricer import (
-    distributions,
-    load_base,
-    load_run,
-    open_base,
-    pick_device,
-    pick_dtype,
-    read_run,
-    speed_up,
-    test_prompts,
-)
+from pricer import load_base, open_base, pick_device, pick_dtype, speed_up
 from pricing.decode import PriceTree
 
 QUESTION = 12  # tokens that all texts begin with, as real prompts do
@@ -46,9 +38,8 @@ def main() -> None:
     device = pick_device("auto")
     dtype, started = pick_dtype("auto", device), time.perf_counter()
     if args.ckpt:
-        run = read_run(args.ckpt)
-        model, tokenizer = load_run(args.ckpt, run, device, dtype)
-        prompts = test_prompts(run, tokenizer, args.items)
+        run = Run(args.ckpt, device, dtype)
+        prompts, price = test_prompts(run, args.items), run.forecast
     else:
         config, tokenizer, directory = open_base(str(directory_of(args.shape)))
         options = argparse.Namespace(bits=4, blocksize=64, double_quant=True)
@@ -56,11 +47,11 @@ def main() -> None:
         speed_up(model, Plan(keep=config.num_hidden_layers) if free_memory(device) > 40 << 30 else Plan())
         (prompts,) = random_sequences(W8B, config.vocab_size, 1, args.items)
         prompts = [prompts[0][:QUESTION] + prompt[QUESTION:] for prompt in prompts]
-    tree = PriceTree.build(tokenizer.encode_answer)
+        price = partial(forecast, model, PriceTree.build(tokenizer.encode_answer))
     loaded, times = time.perf_counter() - started, []
     for _ in range(args.repeats + 1):
         started = time.perf_counter()
-        distributions(model, tree, prompts, args.batch_tokens, args.prune)
+        price(prompts, batch_tokens=args.batch_tokens, prune=args.prune)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)

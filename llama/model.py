@@ -299,13 +299,13 @@ class Llama(nn.Module):
         self, prompts: list[list[int]], choices: Tensor, prefix: KVCache | None = None
     ) -> tuple[Tensor, Tensor, KVCache]:
         """Read B prompts (after `prefix`, where given). What comes next, as in `next_token`: (B, k) and (B,), and the
-        cache to go on from."""
+        cache to go on from; its `states` (B, C) are what the head reads at their ends."""
         longest = max(map(len, prompts))
         if prefix and changes_with_length(self.config, len(prefix.tokens), len(prefix.tokens) + longest):
             prompts, prefix = [prefix.tokens + p for p in prompts], None  # its keys would be turned otherwise
         cache = KVCache([len(p) for p in prompts], len(self.layers), self.device, prefix)
         tokens = torch.tensor([t for p in prompts for t in p], device=self.device)  # (N,)
-        x = self.hidden_states(tokens, cache.layout, cache, cache.layout.last)  # (B, C)
+        x = cache.states = self.hidden_states(tokens, cache.layout, cache, cache.layout.last)  # (B, C)
         return *self.next_token(x, choices), cache
 
     @torch.no_grad()

@@ -145,7 +145,8 @@ def save_adapter(model: nn.Module, directory: Path, base_model: str) -> None:
 
 
 def load_adapter(model: nn.Module, directory: Path) -> None:
-    """Inject the LoRA layers that the config names into a fresh model and fill them.
+    """Inject the LoRA layers that the config names into a fresh model and fill them, or fill those of an adapter of the
+    same kind that is there.
 
     Raises ValueError that names the file and the key for anything missing, left over, mis-shaped, or of a PEFT
     variant that this code does not compute (DoRA, biases, saved modules, per-layer ranks).
@@ -191,14 +192,13 @@ def load_adapter(model: nn.Module, directory: Path) -> None:
         parts = {kind: split.get(kind, {}).get("parts", FUSED[kind]) for kind in FUSED}
         targets = [name for target in targets for name in parts.get(target, (target,))]
         tensors = unfuse(model, tensors, split, config["r"])
-    inject(
-        model,
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0),
-        rslora=config.get("use_rslora", False),
-        targets=",".join(targets),
-    )
+    alpha, rslora = config["lora_alpha"], config.get("use_rslora", False)
+    if there := list(lora_layers(model).values()):  # another adapter's: its numbers are replaced
+        if {(layer.alpha, layer.rslora) for layer in there} != {(alpha, rslora)}:
+            raise ValueError(f"{path}: its alpha is not that of the adapter in the model, which it is to replace")
+    else:
+        dropout = config.get("lora_dropout", 0.0)
+        inject(model, rank=config["r"], alpha=alpha, dropout=dropout, rslora=rslora, targets=",".join(targets))
     for name, layer in lora_layers(model).items():
         for factor in ("lora_A", "lora_B"):
             key = f"{PREFIX}{name}.{factor}.weight"

@@ -26,14 +26,16 @@ OPTIMISERS = {
 
 
 class FlatFactors:
-    """All lora_A and lora_B of a model as views of `parameter` (n,) float32, their gradients as views of its own."""
+    """All lora_A and lora_B of a model, then the `others` that are trained with them (a price head), as views of
+    `parameter` (n,) float32, their gradients as views of its own."""
 
-    def __init__(self, layers: dict[str, LoRALinear]):
+    def __init__(self, layers: dict[str, LoRALinear], others: list[nn.Parameter] = ()):
         self.order: list[tuple[LoRALinear, str]] = []
         for _, siblings in groupby(layers.items(), key=lambda item: item[0].rpartition(".")[0]):
             siblings = [layer for _, layer in siblings]
             self.order += [(layer, factor) for factor in ("lora_A", "lora_B") for layer in siblings]
         factors = [getattr(layer, factor) for layer, factor in self.order]
+        factors += others
         self.parameter = nn.Parameter(torch.cat([f.detach().reshape(-1) for f in factors]))
         self.parameter.grad = torch.zeros_like(self.parameter)
         self.sizes = [f.numel() for f in factors]
@@ -55,8 +57,9 @@ class FlatFactors:
             )
         ]
         sizes = [sum(getattr(layer, factor).numel() for layer in run) for _, factor, run in runs]
+        *pieces, _ = self.parameter.to(dtype).split([*sizes, len(self.parameter) - sum(sizes)])  # the last: the others
         collected = {group: ([], []) for group in groups}
-        for (group, factor, run), piece in zip(runs, self.parameter.to(dtype).split(sizes), strict=True):
+        for (group, factor, run), piece in zip(runs, pieces, strict=True):
             columns = getattr(run[0], factor).shape[1]
             collected[group][factor == "lora_B"].append(piece.view(-1, columns))
         for group, (lora_As, lora_Bs) in collected.items():

@@ -1,25 +1,33 @@
 """A small network that reads a price off the language model's states: quantiles of the log price.
 
-    python -m pricing.head --ckpt out/              read the states once, then train for some seconds
-    python evaluate.py --ckpt out/ --decode head              predict.py uses the head without being asked
+    python train.py --head quantile                 trained together with the adapter (the default)
+    python -m pricing.head --ckpt out/              or afterwards: read the states once, then train for some seconds
+    python evaluate.py --ckpt out/ --decode head    alone; without --decode, half and half with the digits
 
-The language model is frozen: each prompt becomes one vector (its states after some blocks, see pricer.last_states),
-and a multilayer perceptron learns the quantiles q = 0.05, 0.10, ... 0.95 of the log price from it by the pinball loss
+Each prompt becomes one vector, and a multilayer perceptron learns the quantiles q = 0.025, 0.05, 0.10, ... 0.95, 0.975
+of the log price from it by the pinball loss
 
     l_q(y, f) = max(q (y - f), (q - 1) (y - f))         y, f: log price; its expectation is least at the q-quantile
 
-(Koenker and Bassett 1978), the mean over the 19 quantiles. At q = 0.5 that is half the absolute error, and since exp is
+(Koenker and Bassett 1978), the mean over the 21 quantiles. At q = 0.5 that is half the absolute error, and since exp is
 monotone, exp of the median of the log price is the median of the price: what has the least absolute error in dollars.
 
-Quantiles cannot cross. The network gives the median m and 18 numbers g, and from the median outwards
+Together with the adapter (JointLoss), the vector is the last token's state, what the model's own head reads there, and
+the loss flows on into the adapter. To the cross-entropy of digits 99 and 100 have nothing in common; this term knows
+that they are near, and it asks at one token an item for what the digits are asked token by token.
+
+Afterwards (fit_head), the language model is frozen and the vector may join states after several blocks and their means
+over the tokens (states.last_states).
+
+Quantiles cannot cross. The network gives the median m and 20 numbers g, and from the median outwards
 
     f_0.50 = m        f_0.55 = f_0.50 + softplus(g)      f_0.60 = f_0.55 + softplus(g)      ...      likewise downwards
 
-Anchored at the median, not at 0.05, so that the number that matters most is no sum of ten others.
-Training stops by the pinball loss in dollars, of exp f, on the validation items, and keeps the best epoch: in dollars
-because the error is measured so, over all quantiles because the median settles long before the ends do. Test items are
-not even read. Several networks from several seeds are averaged, quantile by quantile in log price, which keeps the
-order of the quantiles.
+Anchored at the median, not at the lowest, so that the number that matters most is no sum of ten others.
+Afterwards, training stops by the pinball loss in dollars, of exp f, on the validation items, and keeps the best epoch:
+in dollars because the error is measured so, over all quantiles because the median settles long before the ends do.
+Test items are not even read. Several networks from several seeds are averaged, quantile by quantile in log price, which
+keeps the order of the quantiles.
 """
 
 import argparse
@@ -37,12 +45,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pricing.intervals import SHARE, conformal_offset, widen
-from pricing.items import MAX_PRICE, MIN_PRICE
+from pricing.batch import Batch
+from pricing.intervals import LEVELS, MIDDLE, in_dollars
 
-LEVELS = tuple(n / 20 for n in range(1, 20))  # 0.05 to 0.95
-MIDDLE = len(LEVELS) // 2
 FILE = "head.safetensors"
+JOINT_WIDTH = 256  # of both hidden layers of the head that is trained with the adapter
 STATES = ("tuned", "untuned", "both")  # the states of the model with its adapter, without it, or side by side
 
 
@@ -62,9 +69,9 @@ class Recipe:
 
 
 def pinball(quantiles: Tensor, truth: Tensor, levels: Tensor) -> Tensor:
-    """Mean over items and levels of max(q (y - f), (q - 1) (y - f)).  f (B, Q), y (B,), q (Q,) -> ()"""
+    """Mean over the levels of max(q (y - f), (q - 1) (y - f)).  f (B, Q), y (B,), q (Q,) -> (B,)"""
     above = truth[:, None] - quantiles  # (B, Q)
-    return torch.maximum(levels * above, (levels - 1) * above).mean()
+    return torch.maximum(levels * above, (levels - 1) * above).mean(dim=1)
 
 
 def ordered(raw: Tensor) -> Tensor:
@@ -134,25 +141,53 @@ class Head(nn.Module):
         """One price an item: what has the least expected absolute error.  (n, I) -> (n,) dollars"""
         return in_dollars(self.quantiles(states)[:, MIDDLE])
 
-    def interval(self, states, share: float = SHARE) -> tuple[np.ndarray, np.ndarray]:
-        """(low, high) in dollars, each (n,): the middle `share`, 0.9 at most; between two levels, the log price is
-        interpolated. For SHARE, moved by the offset that was measured on the validation items (pricing.intervals)."""
-        if not 0 < share <= LEVELS[-1] - LEVELS[0] + 1e-9:
-            raise ValueError(f"the head knows ranges of at most 90 % of the prices, not {share:.0%}")
-        found = self.quantiles(states)
-        ends = [(1 - share) / 2, (1 + share) / 2]
-        low, high = (np.array([np.interp(end, LEVELS, row) for row in found]).reshape(-1) for end in ends)
-        offset = self.settings.get("offset", 0.0) if share == SHARE else 0.0
-        return widen(in_dollars(low), in_dollars(high), offset)
+    def begin(self, prices: np.ndarray) -> None:
+        """The prices' units, and quantiles to start from"""
+        target = torch.log(torch.as_tensor(prices, dtype=torch.float64))
+        self.price_mean.copy_(target.mean())
+        self.price_spread.copy_(target.std(correction=0).clamp(min=1e-6))
+        for member in self.members:
+            member.start()
 
 
-def in_dollars(log_price: np.ndarray) -> np.ndarray:
-    return np.clip(np.exp(log_price), MIN_PRICE, MAX_PRICE)
+def joint_numbers(inputs: int) -> int:
+    """How many numbers the head that is trained with the adapter has"""
+    return sum((a + 1) * b for a, b in ((inputs, JOINT_WIDTH), (JOINT_WIDTH, JOINT_WIDTH), (JOINT_WIDTH, len(LEVELS))))
 
 
-def blend(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Half way between two prices in log price, sqrt(one other).  (n,) and (n,) dollars -> (n,) dollars"""
-    return np.sqrt(np.clip(one, MIN_PRICE, MAX_PRICE) * np.clip(other, MIN_PRICE, MAX_PRICE))
+def joint_head(prices: np.ndarray, inputs: int, size: float, settings: dict, device) -> Head:
+    """A head to be trained with the adapter: one network that reads `inputs` numbers, each of about `size`."""
+    head = Head(inputs, JOINT_WIDTH, 1, settings=settings)
+    head.begin(prices)
+    head.spread.fill_(size)
+    return head.to(device)
+
+
+class JointLoss:
+    """The loss of the answer's tokens + `weight` * the pinball loss of the items, both as sums; the caller divides by
+    the supervised tokens. `weight` is nats for a unit of an item's pinball loss (in standardised log price)."""
+
+    def __init__(self, answer, head: Head, weight: float, items: int):
+        self.answer, self.head, self.weight, self.items = answer, head, weight, items
+        self.learnt, self.supervised = answer.learnt, answer.supervised
+        self.levels = torch.tensor(LEVELS, device=head.mean.device)
+
+    def prepare(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Beside what `answer` needs: `first` (items,), where among the M positions each item's first answer token is
+        predicted; `log_price`; `counts`, 1 for an item and 0 beyond the last"""
+        first, log_price = np.zeros(self.items, np.int64), np.zeros(self.items, np.float32)
+        counts, n = np.zeros(self.items, np.float32), len(batch.examples)
+        first[:n] = np.cumsum([0] + [len(e.answer) for e in batch.examples])[:n]
+        log_price[:n], counts[:n] = np.log([e.price for e in batch.examples]), 1
+        return self.answer.prepare(batch) | {"first": first, "log_price": log_price, "counts": counts}
+
+    def __call__(self, logits: Tensor, prepared: dict[str, Tensor], states: Tensor) -> Tensor:
+        """Logits (M, V), states (M, C) -> () nats"""
+        head = self.head
+        found = head.members[0]((states[prepared["first"]] - head.mean) / head.spread)  # (items, Q)
+        truth = (prepared["log_price"] - head.price_mean) / head.price_spread
+        scores = pinball(found, truth, self.levels)  # (items,)
+        return self.answer(logits, prepared) + self.weight * (scores * prepared["counts"]).sum()
 
 
 def fit_member(
@@ -171,7 +206,7 @@ def fit_member(
     for epoch in range(1, recipe.epochs + 1):
         member.train()
         for rows in torch.randperm(len(x), generator=order).to(x.device).split(batch):
-            loss = pinball(member(x[rows]), y[rows], levels)
+            loss = pinball(member(x[rows]), y[rows], levels).mean()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -180,7 +215,7 @@ def fit_member(
         with torch.no_grad():
             found = member(val_x).double() * head.price_spread.double() + head.price_mean.double()
         found = torch.from_numpy(in_dollars(found.cpu().numpy()))
-        error = float(pinball(found, torch.from_numpy(val_price), torch.tensor(LEVELS)))
+        error = float(pinball(found, torch.from_numpy(val_price), torch.tensor(LEVELS)).mean())
         if error < best:
             best, best_epoch = error, epoch
             kept = {name: value.clone() for name, value in member.state_dict().items()}
@@ -221,11 +256,10 @@ def fit_head(
         head = Head(chosen["train"].shape[1], recipe.width, recipe.members, recipe.dropout, settings).to(device)
         head.mean.copy_(chosen["train"].mean(0))
         head.spread.copy_(chosen["train"].std(0, correction=0).clamp(min=1e-6))
-        target = torch.log(torch.tensor(price["train"]))
-        head.price_mean.copy_(target.mean())
-        head.price_spread.copy_(target.std(correction=0).clamp(min=1e-6))
+        head.begin(price["train"])
         x, val_x = head.standardise(chosen["train"]), head.standardise(chosen["val"])
-        y = ((target.to(device) - head.price_mean) / head.price_spread).float()
+        y = torch.log(torch.tensor(price["train"])).to(device)
+        y = ((y - head.price_mean) / head.price_spread).float()
         for number, member in enumerate(head.members):
             seed = recipe.seed + number
             torch.manual_seed(seed)
@@ -236,11 +270,8 @@ def fit_head(
             error, epoch = fit_member(head, member, (x, y), (val_x, price["val"]), recipe, seed)
             say(f"network {number + 1}: validation loss ${error:.3f} after {epoch} of {recipe.epochs} epochs")
     head.eval().requires_grad_(False)
-    guess, (low, high) = head.median(chosen["val"]), head.interval(chosen["val"])
     head.settings |= {"recipe": vars(recipe), "train": len(x), "val": len(val_x)}
-    head.settings["val_mae_dollars"] = float(np.abs(guess - price["val"]).mean())
-    if len(val_x) >= SHARE / (1 - SHARE):  # fewer cannot calibrate a range
-        head.settings["offset"] = conformal_offset(low, high, price["val"])
+    head.settings["val_mae_dollars"] = float(np.abs(head.median(chosen["val"]) - price["val"]).mean())
     return head
 
 
@@ -315,9 +346,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    # The one place in pricing/ that meets the network, and only when run as a command: pricer, where the rooms join,
+    # The one place in pricing/ that meets the network, and only when run as a command: forecast, where rooms join,
     # turns prompts into states. What is imported from here (fit_head, load_head) knows arrays only.
-    from pricer import train_head
+    from forecast import train_head
 
     args = parse_arguments()
     recipe = Recipe(**{name: getattr(args, name) for name in Recipe.__dataclass_fields__ if hasattr(args, name)})

@@ -19,18 +19,36 @@ import math
 
 import numpy as np
 
-from pricing.decode import quantile
 from pricing.items import MAX_PRICE, MIN_PRICE
 
 SHARES = (0.5, 0.8, 0.9, 0.95)  # of the prices that a range is to hold
 SHARE = 0.8
+LEVELS = (0.025, *(n / 20 for n in range(1, 20)), 0.975)  # of the quantiles that a forecast is kept as
+MIDDLE = len(LEVELS) // 2
 
 
-def central_range(distribution: np.ndarray, share: float = SHARE) -> tuple[np.ndarray, np.ndarray]:
-    """(low, high) in dollars, each (B,): the middle `share` of P (B, 1000). A whole dollar d stands for d - 0.5 to
-    d + 0.5."""
-    low, high = quantile(distribution, (1 - share) / 2) - 0.5, quantile(distribution, (1 + share) / 2) + 0.5
-    return np.clip(low, MIN_PRICE, MAX_PRICE), np.clip(high, MIN_PRICE, MAX_PRICE)
+def in_dollars(log_price: np.ndarray) -> np.ndarray:
+    return np.clip(np.exp(log_price), MIN_PRICE, MAX_PRICE)
+
+
+def log_quantiles(distribution: np.ndarray) -> np.ndarray:
+    """Quantiles of the log price at LEVELS of P (n, 1000), each whole dollar d spread evenly from d - 0.5 to d + 0.5.
+    -> (n, 21)"""
+    edges = np.clip(np.arange(distribution.shape[1] + 1) - 0.5, MIN_PRICE, MAX_PRICE)
+    reached = np.concatenate([np.zeros((len(distribution), 1)), np.cumsum(distribution, axis=1)], axis=1)
+    # interp wants steps that rise: where nothing lies, any dollar between would do
+    found = [np.interp(LEVELS, row + 1e-12 * np.arange(len(row)), edges) for row in reached]
+    return np.log(np.array(found).reshape(-1, len(LEVELS)))
+
+
+def central_range(quantiles: np.ndarray, share: float = SHARE) -> tuple[np.ndarray, np.ndarray]:
+    """(low, high) in dollars, each (n,): the middle `share` (0.95 at most) of forecasts (n, 21); between two levels the
+    log price is interpolated."""
+    if not 0 < share <= LEVELS[-1] - LEVELS[0] + 1e-9:
+        raise ValueError(f"forecasts are kept for ranges of at most 95 % of the prices, not {share:.0%}")
+    ends = [(1 - share) / 2, (1 + share) / 2]
+    low, high = (np.array([np.interp(end, LEVELS, row) for row in quantiles]).reshape(-1) for end in ends)
+    return in_dollars(low), in_dollars(high)
 
 
 def conformal_offset(low: np.ndarray, high: np.ndarray, truth: np.ndarray, share: float = SHARE) -> float:
@@ -53,13 +71,15 @@ def conformal_offset(low: np.ndarray, high: np.ndarray, truth: np.ndarray, share
     return float(np.sort(scores)[rank - 1])
 
 
-def conformal_offsets(distribution: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """The offset of each of SHARES, by its percentage, as far as the items are enough for it: {"80": 0.12, ...}"""
-    offsets = {}
-    for share in SHARES:
-        if math.ceil(round((len(truth) + 1) * share, 9)) <= len(truth):
-            offsets[f"{share:.0%}".rstrip("%")] = conformal_offset(*central_range(distribution, share), truth, share)
-    return offsets
+def calibrated_range(
+    quantiles: np.ndarray, share: float, held: np.ndarray, truth: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """(low, high, whether they could be calibrated): the middle `share` of forecasts (n, 21), moved by what forecasts
+    `held` (m, 21) of m validation items with prices `truth` ask for."""
+    low, high = central_range(quantiles, share)
+    if math.ceil(round((len(truth) + 1) * share, 9)) > len(truth):
+        return low, high, False
+    return *widen(low, high, conformal_offset(*central_range(held, share), truth, share)), True
 
 
 def widen(low: np.ndarray, high: np.ndarray, offset: float) -> tuple[np.ndarray, np.ndarray]:

@@ -190,8 +190,9 @@ class AnswerLoss:
         taken[positions] = [self.index[token] for token in targets[positions]]
         return {"targets": targets, "rows": table_rows, "taken": taken}
 
-    def __call__(self, logits: Tensor, prepared: dict[str, Tensor]) -> Tensor:
-        """Logits (M, V) float32 at the answer positions -> () nats, summed over the tokens that have a target"""
+    def __call__(self, logits: Tensor, prepared: dict[str, Tensor], states: Tensor | None = None) -> Tensor:
+        """Logits (M, V) float32 at the answer positions -> () nats, summed over the tokens that have a target. The
+        states that they come from are for losses that read them, too (pricing.head.JointLoss)."""
         loss = F.cross_entropy(logits, prepared["targets"], reduction="sum", ignore_index=-100)
         if self.kind == "soft":
             log_probs = logits[:, self.choices] - logits.logsumexp(dim=1, keepdim=True)  # (M, k)

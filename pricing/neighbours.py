@@ -24,6 +24,7 @@ import numpy as np
 from pricing.baselines import WORD
 from pricing.items import Item, normalise_title
 
+INDEX = "neighbours.npz"  # in a checkpoint
 CELLS = 2**24  # similarities held at a time: 128 MiB
 
 
@@ -155,3 +156,12 @@ def price_line(prices) -> str:
     if len(said) < 2:
         return f"A similar product costs {said[0]}." if said else ""
     return f"Similar products cost {', '.join(said[:-1])} and {said[-1]}."
+
+
+def with_neighbours(items: list[Item], template: str, index: Index | None, k: int) -> list[str]:
+    """Each item's prompt template, with the prices of its k neighbours on a line below the text"""
+    if not k:
+        return [template] * len(items)
+    rows, _ = index.nearest(items, k)
+    lines = [price_line(index.prices[row[row >= 0]]) for row in rows]
+    return [template.replace("{text}", "{text}\n" + line) if line else template for line in lines]

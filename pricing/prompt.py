@@ -70,10 +70,10 @@ def encode_prompt(text: str, tokenizer, max_tokens: int, template: str = PROMPT)
     return ids_of(text[:low].rstrip())
 
 
-def encode_items(items: list[Item], tokenizer, max_tokens: int, template: str = PROMPT) -> list[Example]:
-    """An Example for each item; `max_tokens` bounds the prompt (the answer adds up to 6)."""
+def encode_items(items: list[Item], tokenizer, max_tokens: int, templates: list[str] | None = None) -> list[Example]:
+    """An Example for each item, by its own template; `max_tokens` bounds the prompt (the answer adds up to 6)."""
     examples = []
-    for item in items:
+    for item, template in zip(items, templates or [PROMPT] * len(items), strict=True):
         prompt = encode_prompt(item.text, tokenizer, max_tokens, template)
         cut = len(tokenizer.encode_prompt(template.replace("{text}", item.text))) > max_tokens
         examples.append(Example(prompt, tokenizer.encode_answer(answer_text(item.dollars)), item.price, cut))

@@ -1,0 +1,389 @@
+"""From an opened model to prices: its distribution over whole dollars, its head's quantiles, and what several runs make
+of both together.
+
+    run = Run("out", device, dtype)
+    forecast = run.forecast(run.prompts(items))          forecast.quantiles("blend")          run.held("blend")
+
+A forecast is kept as 21 quantiles of the log price (pricing.intervals.LEVELS). Forecasts of one item, by the digits and
+by the head, or by several members of a run, are averaged quantile by quantile in log price.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import tempfile
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from llama.attention import Layout
+from llama.model import Llama
+from lora.adapter import load_adapter
+from lora.inject import lora_layers
+from pricer import check_same_data, load_run, pick_device, pick_dtype, read_run
+from pricing.batch import by_length
+from pricing.decode import PriceTree, price_distribution
+from pricing.head import FILE, Head, Recipe, fit_head, load_head, save_head
+from pricing.intervals import LEVELS, MIDDLE, in_dollars, log_quantiles
+from pricing.items import Item, sample
+from pricing.neighbours import INDEX, Index, with_neighbours
+from pricing.prompt import encode_prompt
+from pricing.sources import load_items
+
+HELD = "validation.safetensors"  # a run's own forecasts of its validation items
+MOST_HELD = 2000  # validation items that price ranges are calibrated on: then a share is right within 1 %
+
+
+@dataclass
+class Forecast:
+    """What is thought of n items."""
+
+    distribution: np.ndarray  # (n, 1000) P(price), mean over the members
+    digits: np.ndarray  # (n, 21) its quantiles, log dollars
+    head: np.ndarray | None = None  # (n, 21) the head's, log dollars
+
+    def quantiles(self, decode: str) -> np.ndarray:
+        """(n, 21) log dollars: `head`, `blend` (half digits, half head), else the digits'."""
+        if decode not in ("head", "blend"):
+            return self.digits
+        return self.head if decode == "head" else (self.digits + self.head) / 2
+
+    def median(self, decode: str | None = None) -> np.ndarray:
+        """One price an item, what has the least expected absolute error: by all there is, or by `decode`  # (n,) dollars
+        """
+        decode = decode or ("median" if self.head is None else "blend")
+        return in_dollars(self.quantiles(decode)[:, MIDDLE])
+
+
+def tree_functions(model: Llama, prompts: list[list[int]]) -> tuple[Callable, Callable]:
+    """`prefill` and `extend` for pricing.decode, for any of `prompts`: what all begin with is read once, here."""
+    shared = 0
+    if len(prompts) > 4:  # fewer are sooner read whole
+        first, last = min(prompts), max(prompts)  # what these two share, all that lie between share too
+        while shared < min(map(len, prompts)) - 1 and first[shared] == last[shared]:
+            shared += 1
+    prefix = model.read_prefix(prompts[0][:shared]) if shared else None
+
+    def prefill(part, choices):
+        return model.prefill([prompt[shared:] for prompt in part], choices.to(model.device), prefix)
+
+    def extend(cache, tokens, parents, choices):
+        return model.extend(cache, tokens, parents, choices.to(model.device))
+
+    return prefill, extend
+
+
+def forecast(
+    model: Llama, tree: PriceTree, prompts: list[list[int]], head: Head | None = None, *,
+    batch_tokens: int | None = None, prune: float = 1e-3, on_batch=None,
+) -> Forecast:  # fmt: skip
+    """Of every prompt, in order; batched by length. `on_batch(indices, Forecast)` sees each batch as it comes."""
+    size = len(prompts), len(LEVELS)
+    found = Forecast(np.zeros((len(prompts), 1000)), np.zeros(size), None if head is None else np.zeros(size))
+    prefill, extend = tree_functions(model, prompts)
+    last_only = head is not None and head.settings["states"] == "tuned" and not head.settings["mean"]
+    last_only = last_only and head.settings["blocks"] == [len(model.layers)]
+    states = None if head is None or last_only else head_states(model, prompts, head.settings, batch_tokens)
+    for indices in by_length(prompts, batch_tokens or (16384 if model.device.type == "cuda" else 2048)):
+        caches = []
+
+        def keeping(*args):
+            caches.append(prefill(*args))
+            return caches[-1]
+
+        p, _ = price_distribution(keeping, extend, [prompts[i] for i in indices], tree, prune)
+        found.distribution[indices], found.digits[indices] = p, log_quantiles(p)
+        if head is not None:
+            read = caches[0][2].states.cpu().numpy() if states is None else states[indices]
+            found.head[indices] = head.quantiles(read)
+        if on_batch:
+            on_batch(indices, Forecast(p, found.digits[indices], None if head is None else found.head[indices]))
+    return found
+
+
+def members(ckpt: str | Path) -> list[Path]:
+    """The checkpoints of a run: itself, and the further ones that `train.py --members` trained"""
+    return [Path(ckpt), *sorted((Path(ckpt) / "members").glob("[0-9]*"), key=lambda path: int(path.name))]
+
+
+class Run:
+    """A run of train.py, opened to price with: one base model, and the adapters and heads of all its members.
+
+    Raises ValueError where it is none, is incomplete, or its members do not belong together.
+    """
+
+    def __init__(self, ckpt: str | Path, device: torch.device, dtype: torch.dtype):
+        self.about = read_run(ckpt)
+        self.options, self.paths = self.about["options"], members(ckpt)
+        if len(self.paths) != self.options.get("members", 1):
+            found, asked = len(self.paths), self.options.get("members", 1)
+            raise ValueError(f"{ckpt} holds {found} of its {asked} members; go on with train.py --resume --out {ckpt}")
+        for path in self.paths[1:]:
+            other = read_run(path)
+            if any(other.get(key) != self.about.get(key) for key in ("base_model", "prompt", "data", "compute_dtype")):
+                raise ValueError(f"{path} was not trained as {ckpt} was: they are not members of one run")
+        self.heads = [open_head(path) if (path / FILE).is_file() else None for path in self.paths]
+        if len({head is None for head in self.heads}) > 1:
+            raise ValueError(f"some members of {ckpt} have a head and some have none; train heads for all or none")
+        self.model, self.tokenizer = load_run(ckpt, self.about, device, dtype)
+        self.heads = [head and head.to(device) for head in self.heads]
+        self.at = 0  # the member whose adapter is in the model
+        self.tree = PriceTree.build(self.tokenizer.encode_answer)
+        self.neighbours = self.options.get("neighbours", 0)
+        self.index = Index.load(Path(ckpt) / INDEX) if self.neighbours else None
+
+    def decoding(self, asked: str | None) -> str:
+        """What is asked for, or what has the least error in dollars. Raises ValueError where it needs a head."""
+        if asked in ("head", "blend") and self.heads[0] is None:
+            ckpt = self.paths[0]
+            raise ValueError(f"{ckpt} has no head; train one with `python -m pricing.head --ckpt {ckpt}`")
+        return asked or ("median" if self.heads[0] is None else "blend")
+
+    def prompts(self, items: list[Item]) -> list[list[int]]:
+        return encode_run(items, self.tokenizer, self.options, self.about["prompt"], self.index)
+
+    def forecast(
+        self, prompts: list[list[int]], batch_tokens: int | None = None, prune: float = 1e-3, on_batch=None
+    ) -> Forecast:
+        """The mean over the members; `on_batch(indices, Forecast)` as it becomes known."""
+        total = None
+        for number, (path, head) in enumerate(zip(self.paths, self.heads, strict=True)):
+            if number != self.at:
+                load_adapter(self.model, path)
+                self.at = number
+            is_last = number == len(self.paths) - 1
+
+            def seen(indices, part, earlier=total):
+                on_batch(indices, part if earlier is None else mean_of([(earlier, number), (part, 1)], indices))
+
+            found = forecast(
+                self.model, self.tree, prompts, head, batch_tokens=batch_tokens, prune=prune,
+                on_batch=seen if is_last and on_batch else None,
+            )  # fmt: skip
+            total = found if total is None else mean_of([(total, number), (found, 1)])
+        return total
+
+    def held(self, decode: str) -> tuple[np.ndarray, np.ndarray]:
+        """Forecasts (m, 21) of the run's validation items, as train.py left them, and their prices (m,) dollars"""
+        parts = [read_held(path) for path in self.paths]
+        if any(not np.array_equal(part["price"], parts[0]["price"]) for part in parts):
+            raise ValueError(f"the members of {self.paths[0]} were calibrated on different validation items")
+        kinds = [kind for kind in ("digits", "head") if kind in parts[0]]
+        means = [np.mean([part[kind] for part in parts], axis=0) for kind in kinds]
+        known = Forecast(np.zeros((len(parts[0]["price"]), 0)), *means)
+        return known.quantiles(decode), parts[0]["price"]
+
+
+def mean_of(weighted: list[tuple[Forecast, int]], indices=slice(None)) -> Forecast:
+    """The mean of forecasts, each with its weight; of the first, only the rows `indices`"""
+    (first, weight), (second, other) = weighted
+
+    def mean(a, b):
+        return None if a is None else (weight * a[indices] + other * b) / (weight + other)
+
+    return Forecast(*(mean(getattr(first, k), getattr(second, k)) for k in ("distribution", "digits", "head")))
+
+
+def encode_run(items: list[Item], tokenizer, options: dict, prompt: str, index: Index | None) -> list[list[int]]:
+    """The prompts of items as a run reads them: its template, its token limit, its neighbours"""
+    templates = with_neighbours(items, prompt, index, options.get("neighbours", 0))
+    return [
+        encode_prompt(item.text, tokenizer, options["max_tokens"], template)
+        for item, template in zip(items, templates, strict=True)
+    ]
+
+
+def write_held(ckpt: str | Path, found: dict[str, np.ndarray]) -> None:
+    """`price` (m,) dollars, `digits` and `head` (m, 21) log dollars"""
+    save_file({key: np.ascontiguousarray(value, np.float64) for key, value in found.items()}, Path(ckpt) / HELD)
+
+
+def read_held(ckpt: str | Path) -> dict[str, np.ndarray]:
+    """Raises ValueError where a run has none or the file is damaged."""
+    path = Path(ckpt) / HELD
+    if not path.is_file():  # trained without validation items
+        return {"price": np.zeros(0), "digits": np.zeros((0, len(LEVELS))), "head": np.zeros((0, len(LEVELS)))}
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
+
+
+def test_prompts(run: Run, count: int | None = None) -> list[list[int]]:
+    """The prompts of a run's own test items, or of a fixed sample of so many"""
+    options = run.options
+    loaded, _, identity = load_items(options["data"], options["size"], options["data_seed"], options["strict"])
+    check_same_data(run.about, identity)
+    return run.prompts(sample([item for item in loaded if item.split == "test"], count))
+
+
+@contextmanager
+def without_adapter(model: Llama):
+    """The base model, bit for bit, while this lasts: B = 0."""
+    layers = lora_layers(model).values()
+    kept = [layer.lora_B.detach().clone() for layer in layers]
+    try:
+        for layer in layers:
+            layer.lora_B.data.zero_()
+        yield
+    finally:
+        for layer, lora_B in zip(layers, kept, strict=True):
+            layer.lora_B.data.copy_(lora_B)
+
+
+@torch.no_grad()
+def last_states(
+    model: Llama, prompts: list[list[int]], batch_tokens: int | None, blocks=None, mean: bool = False, on_batch=None
+) -> np.ndarray:
+    """The residual stream at the last token of each prompt (items, C) float32, in order; batched by length.
+
+    `blocks`: after these, from 1 to the number of blocks L, which is normed as the head reads it (the default), one
+    vector after the other (items, len(blocks) C): what transformers calls hidden_states[block]. With `mean`, each is
+    followed by its mean over the prompt's tokens. `on_batch(indices)` after each batch. Raises ValueError for a block
+    that is not there.
+    """
+    last = len(model.layers)
+    blocks = [last] if blocks is None else list(blocks)
+    if not blocks or any(not 1 <= block <= last for block in blocks):
+        raise ValueError(f"the model has the blocks 1 to {last}, asked for {', '.join(map(str, blocks)) or 'none'}")
+    width = model.config.hidden_size * (2 if mean else 1)
+    result = np.zeros((len(prompts), len(blocks) * width), np.float32)
+    taken: dict[int, torch.Tensor] = {}
+
+    def reduce(stream: torch.Tensor) -> torch.Tensor:  # (N, C) -> (B, C) or (B, 2C)
+        rows = stream.index_select(0, layout.last)
+        # A sum by segment: index_add_ would add in another order each time on a GPU.
+        return torch.cat([rows, torch.segment_reduce(stream, "mean", lengths=lengths)], 1) if mean else rows
+
+    def keeper(block: int):
+        def keep(module, args, output):
+            taken[block] = reduce((output[0] + output[1]).float())
+
+        return keep
+
+    hooks = [model.layers[block - 1].register_forward_hook(keeper(block)) for block in set(blocks) - {last}]
+    try:
+        for indices in by_length(prompts, batch_tokens or (16384 if model.device.type == "cuda" else 2048)):
+            part = [prompts[i] for i in indices]
+            layout = Layout.packed([len(prompt) for prompt in part], model.device)
+            lengths = torch.tensor([len(prompt) for prompt in part], device=model.device)
+            tokens = torch.tensor([token for prompt in part for token in prompt], device=model.device)  # (N,)
+            if mean:
+                taken[last] = reduce(model.hidden_states(tokens, layout))
+            else:
+                taken[last] = model.hidden_states(tokens, layout, at=layout.last)
+            result[indices] = torch.cat([taken[block] for block in blocks], dim=1).cpu().numpy()
+            if on_batch:
+                on_batch(indices)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return result
+
+
+def adapter_digest(ckpt: str | Path) -> str:
+    return hashlib.sha256((Path(ckpt) / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def head_states(model: Llama, prompts: list[list[int]], settings: dict, batch_tokens: int | None) -> np.ndarray:
+    """What a head with `settings` (states, blocks, mean) reads of each prompt (items, I) float32."""
+    passes = {"tuned": [nullcontext], "untuned": [without_adapter], "both": [nullcontext, without_adapter]}
+    passes, parts = passes[settings["states"]], []
+    with tqdm(total=len(passes) * len(prompts), desc="states", unit="item", leave=False) as bar:
+        for context in passes:
+            with context(model):
+                options = settings["blocks"], settings["mean"], lambda indices: bar.update(len(indices))
+                parts.append(last_states(model, prompts, batch_tokens, *options))
+    return np.concatenate(parts, axis=1)
+
+
+def kept_states(ckpt: str | Path, run: dict, model: Llama, prompts: list, settings: dict, batch_tokens) -> np.ndarray:
+    """head_states, kept in the checkpoint's states/ under a hash of all that decides them: adapter, base, precision,
+    which states, token ids."""
+    keys = ("bits", "blocksize", "double_quant")
+    which = [settings[key] for key in ("states", "blocks", "mean")]
+    precision = [str(model.compute_dtype), model.device.type, [run["options"][key] for key in keys]]
+    identity = [run.get("base_model"), adapter_digest(ckpt), precision, which, prompts]
+    path = Path(ckpt) / "states" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.safetensors"
+    try:
+        return load_file(path)["states"]
+    except (OSError, SafetensorError, KeyError):  # not there, or damaged: computed again
+        pass
+    states = head_states(model, prompts, settings, batch_tokens)
+    path.parent.mkdir(exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".states-", delete=False) as part:
+        save_file({"states": states}, part.name)
+    os.replace(part.name, path)
+    return states
+
+
+def open_head(ckpt: str | Path) -> Head:
+    """The head of a checkpoint. Raises ValueError where there is none, or where it was trained beside other weights."""
+    head = load_head(ckpt)
+    if head.settings.get("adapter") != adapter_digest(ckpt):
+        raise ValueError(
+            f"the head in {ckpt} was trained on the states of another adapter; "
+            f"train it anew with `python -m pricing.head --ckpt {ckpt}`"
+        )
+    return head
+
+
+def parse_blocks(text: str | None, layers: int) -> list[int]:
+    """[10, 20, 30] from "10,20,30"; by default a third, two thirds and all of the model's `layers`."""
+    if text is None:
+        return sorted({max(1, round(layers / 3)), max(1, round(2 * layers / 3)), layers})
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--blocks takes numbers joined by commas, as in 10,20,30; got {text!r}") from None
+
+
+def train_head(args: argparse.Namespace, recipe: Recipe) -> None:
+    """What `python -m pricing.head` does: states of the run's training and validation items, a head on them."""
+    run = read_run(args.ckpt)
+    options, device = run["options"], pick_device(args.device)
+    items, _, identity = load_items(options["data"], options["size"], options["data_seed"], options["strict"])
+    check_same_data(run, identity)
+    by_split = {split: [item for item in items if item.split == split] for split in ("train", "val")}
+    if args.items is not None:
+        by_split["train"] = sample(by_split["train"], args.items)
+    if not all(by_split.values()):
+        raise ValueError(f"{options['data']}: a head needs training and validation items")
+    model, tokenizer = load_run(args.ckpt, run, device, pick_dtype(args.dtype, device))
+    index = Index.load(Path(args.ckpt) / INDEX) if options.get("neighbours") else None
+    blocks = parse_blocks(args.blocks, len(model.layers))
+    joined = by_split["train"] + by_split["val"]
+    held_items = sample(by_split["val"], MOST_HELD)
+    for number, ckpt in enumerate(members(args.ckpt)):
+        if number:
+            load_adapter(model, ckpt)
+        held = read_held(ckpt)
+        if len(held["price"]) != len(held_items):
+            raise ValueError(f"{ckpt} was trained with --val-items 0: its price ranges cannot be calibrated")
+        settings = {"states": args.states, "blocks": blocks, "mean": args.mean, "adapter": adapter_digest(ckpt)}
+        started, parts = time.perf_counter(), []
+        for chosen in (*by_split.values(), held_items):
+            prompts = encode_run(chosen, tokenizer, options, run["prompt"], index)
+            parts.append(kept_states(ckpt, run, model, prompts, settings, args.batch_tokens))
+        states = np.concatenate(parts[:2])
+        print(
+            f"states     {args.states}, after block {', '.join(map(str, blocks))}{' and their means' * args.mean}: "
+            f"{states.shape[1]:,} numbers for each of {len(states):,} items in {time.perf_counter() - started:.1f} s"
+        )
+        started = time.perf_counter()
+        head = fit_head(joined, states, recipe, device, settings, lambda line: print(f"head       {line}"))
+        write_held(ckpt, held | {"head": head.quantiles(parts[2])})
+        print(
+            f"head       validation off by ${head.settings['val_mae_dollars']:.2f} on {len(by_split['val']):,} items, "
+            f"trained in {time.perf_counter() - started:.1f} s; saved as {save_head(head, ckpt)}"
+        )
+    print(f"now run    python evaluate.py --ckpt {args.ckpt} --decode head")
