@@ -105,7 +105,7 @@ def outlier_blocks(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]
     blocks = torch.empty(amount, dtype=torch.int32, device=x.device)
     count = torch.empty(1, dtype=torch.int32, device=x.device)
     outlier_kernel[(amount, triton.cdiv(len(x), 128))](x, flags, *x.shape, threshold, TOKENS=128, BLOCK=BLOCK)
-    blocks_kernel[(1,)](flags, blocks, count, amount, BLOCKS=triton.next_power_of_2(amount), BLOCK=BLOCK)
+    blocks_kernel[(1,)](flags, blocks, count, amount, BLOCKS=max(16, triton.next_power_of_2(amount)), BLOCK=BLOCK)
     return flags, blocks, count
 
 
