@@ -112,14 +112,15 @@ def open_base(model_name: str) -> tuple[LlamaConfig, Tokenizer, Path]:
 
 
 def load_base(config, tokenizer, directory, device, dtype, options, plan: Plan = Plan()) -> Llama:
-    """Each linear quantised as it is read (`options`: bits, blocksize, double_quant, outlier_threshold), embedding and head left in the
-    compute dtype, or where and how `plan` puts them."""
+    """Each linear quantised as it is read (`options`: bits, blocksize, double_quant, outlier_threshold), embedding and
+    head left in the compute dtype, or where and how `plan` puts them."""
     with torch.device("meta"):
         model = Llama(config, dtype)
 
     def make_linear(weight, bias):
         return quantise_linear(
-            weight, bias, bits=options.bits, dtype=dtype, blocksize=options.blocksize, double_quant=options.double_quant,
+            weight, bias, bits=options.bits, dtype=dtype, blocksize=options.blocksize,
+            double_quant=options.double_quant,
             outlier_threshold=getattr(options, "outlier_threshold", 6.0),  # runs from before 8 bits have none
         )  # fmt: skip
 

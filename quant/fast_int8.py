@@ -123,9 +123,10 @@ def fused_multiply(x: Tensor, linear: LinearInt8) -> Tensor:
     for part in range(0, n, ROWS):
         rows = slice(part, part + ROWS)
         sums = integer_product(codes[rows], linear.weight).contiguous()
-        finish_kernel[(triton.cdiv(len(sums), 64), triton.cdiv(outputs, 128))](
+        finish_kernel[(triton.cdiv(len(sums), 128), triton.cdiv(outputs, 128))](
             sums, x[rows], linear.weight, scale[rows], linear.scale, scale if bias is None else bias, *outliers,
-            y[rows], len(sums), outputs, size, HAS_BIAS=bias is not None, TOKENS=64, OUTPUTS=128, BLOCK=BLOCK,
+            y[rows], len(sums), outputs, size, HAS_BIAS=bias is not None, TOKENS=128, OUTPUTS=128, BLOCK=BLOCK,
+            num_warps=8,
         )  # fmt: skip
     return y
 

@@ -34,9 +34,9 @@ What backward needs. With g = dL/dy (N, O) the chain rule gives
                   only the LoRA branch asks for it. W is no argument of the function but a buffer reached through the
                   layer, so autograd cannot even try to form dL/dW.
 
-With `--bits 8` W is stored as int8, and y = x W^T is LLM.int8(): see quant/int8.py, and `LinearInt8` below. x becomes int8
-too, its outlier columns apart. Rounding has no derivative, so backward is that of the 16-bit product, dL/dx = g W with
-the dequantised W, as in bitsandbytes.
+With `--bits 8` W is stored as int8, and y = x W^T is LLM.int8(): see quant/int8.py, and `LinearInt8` below. x becomes
+int8 too, its outlier columns apart. Rounding has no derivative, so backward is that of the 16-bit product, dL/dx = g W
+with the dequantised W, as in bitsandbytes.
 
 In bitsandbytes the same is `bnb.nn.Linear4bit` and `MatMul4Bit` in autograd/_functions.py; there, quantising is a side
 effect of `.to(device)`. Here it is an explicit call, `quantise_linear`, and `.to()` only moves.
