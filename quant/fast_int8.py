@@ -12,9 +12,10 @@ decides how far a loop runs. Four kernels around bitsandbytes' product of intege
                       outliers, W dequantised in the kernel, on the tensor cores), plus bias
 
 The outliers' product costs what their blocks take of the 16-bit product: next to nothing for the inputs of q, k, v, o,
-gate and up, where SmolLM2 has none to four outlier columns a batch; for down_proj's, where a third of the columns can
-be outliers, about as much as the whole product. The last is added in float32 before the one rounding, where LinearInt8
-rounds twice; all else is the same numbers. Backward dequantises in one pass, or reads what `Group.keep` holds.
+gate and up, where SmolLM2 has none to four outlier columns in 1,129 tokens of the catalogue, and up to the whole of it
+for down_proj's, where 84 of 1,536 are outliers in an average block and 548 in the last. It is added in float32 before
+the one rounding, where LinearInt8 rounds twice; all else is the same numbers. Backward dequantises W in one pass, or
+reads what `Group.keep` holds.
 """
 
 import torch
@@ -105,7 +106,8 @@ def outlier_blocks(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]
     blocks = torch.empty(amount, dtype=torch.int32, device=x.device)
     count = torch.empty(1, dtype=torch.int32, device=x.device)
     outlier_kernel[(amount, triton.cdiv(len(x), 128))](x, flags, *x.shape, threshold, TOKENS=128, BLOCK=BLOCK)
-    blocks_kernel[(1,)](flags, blocks, count, amount, BLOCKS=max(16, triton.next_power_of_2(amount)), BLOCK=BLOCK)
+    most = max(16, triton.next_power_of_2(amount))
+    blocks_kernel[(1,)](flags, blocks, count, amount, BLOCKS=most, BLOCK=BLOCK, num_warps=8)
     return flags, blocks, count
 
 
@@ -120,13 +122,14 @@ def fused_multiply(x: Tensor, linear: LinearInt8) -> Tensor:
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     y, bias = torch.empty(n, outputs, dtype=x.dtype, device=x.device), linear.bias_in(x.dtype)
+    tile = 128 if x.dtype == torch.bfloat16 else 32  # float32 is multiplied without the tensor cores
     for part in range(0, n, ROWS):
         rows = slice(part, part + ROWS)
         sums = integer_product(codes[rows], linear.weight).contiguous()
-        finish_kernel[(triton.cdiv(len(sums), 128), triton.cdiv(outputs, 128))](
+        finish_kernel[(triton.cdiv(len(sums), tile), triton.cdiv(outputs, tile))](
             sums, x[rows], linear.weight, scale[rows], linear.scale, scale if bias is None else bias, *outliers,
-            y[rows], len(sums), outputs, size, HAS_BIAS=bias is not None, TOKENS=128, OUTPUTS=128, BLOCK=BLOCK,
-            num_warps=8,
+            y[rows], len(sums), outputs, size, HAS_BIAS=bias is not None, TOKENS=tile, OUTPUTS=tile, BLOCK=BLOCK,
+            num_warps=tile // 16,
         )  # fmt: skip
     return y
 
