@@ -58,8 +58,7 @@ class Forecast:
         return self.head if decode == "head" else (self.digits + self.head) / 2
 
     def median(self, decode: str | None = None) -> np.ndarray:
-        """One price an item, what has the least expected absolute error: by all there is, or by `decode`  # (n,) dollars
-        """
+        """One price an item, that of the least expected absolute error: by all there is, or by `decode`  # (n,) dollars"""
         decode = decode or ("median" if self.head is None else "blend")
         return in_dollars(self.quantiles(decode)[:, MIDDLE])
 
@@ -309,9 +308,9 @@ def head_states(model: Llama, prompts: list[list[int]], settings: dict, batch_to
 def kept_states(ckpt: str | Path, run: dict, model: Llama, prompts: list, settings: dict, batch_tokens) -> np.ndarray:
     """head_states, kept in the checkpoint's states/ under a hash of all that decides them: adapter, base, precision,
     which states, token ids."""
-    keys = ("bits", "blocksize", "double_quant")
+    keys = ("bits", "blocksize", "double_quant", "outlier_threshold")
     which = [settings[key] for key in ("states", "blocks", "mean")]
-    precision = [str(model.compute_dtype), model.device.type, [run["options"][key] for key in keys]]
+    precision = [str(model.compute_dtype), model.device.type, [run["options"].get(key) for key in keys]]
     identity = [run.get("base_model"), adapter_digest(ckpt), precision, which, prompts]
     path = Path(ckpt) / "states" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.safetensors"
     try:

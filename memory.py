@@ -23,6 +23,7 @@ from llama.config import LlamaConfig
 from lora.inject import ATTENTION, target_names
 from lora.optim import OPTIMISERS
 from pricing.batch import Shape
+from quant.fast_int8 import ROWS
 
 GIB = 1 << 30
 WORKSPACE = 0.2 * GIB  # cuBLAS on two streams, rotary tables, rounding up
@@ -64,9 +65,10 @@ class Estimate:
         block = sum(o * i for o, i in linears.values())
         absmax = (1 + 4 / 256 if double_quant else 4) / blocksize
         self.layers = config.num_hidden_layers
-        self.weights = self.layers * block * (0.5 + absmax if bits == 4 else wide)
-        self.kept_block = block * wide if bits == 4 else 0
-        self.scratch = max((q + 2 * kv) * c, c * q, 2 * f * c, c * f) * wide if bits == 4 else 0
+        scales = 4 * sum(o for o, _ in linears.values())  # of int8 weights
+        self.weights = self.layers * {4: block * (0.5 + absmax), 8: block + scales, 16: block * wide}[bits]
+        self.kept_block = block * wide if bits < 16 else 0
+        self.scratch = max((q + 2 * kv) * c, c * q, 2 * f * c, c * f) * wide if bits < 16 else 0
         table = config.vocab_size * c * wide
         self.tied = config.tie_word_embeddings
         self.embedding, self.head = table, 0 if self.tied else table
@@ -84,6 +86,8 @@ class Estimate:
         self.block_saved = saved * n
         # gradients: of the residual (float32, and rounded), of the MLP's inside
         self.passing = n * (4 * c + c * wide + 3 * f * wide)
+        if bits == 8:  # forward holds sums of integers (in parts on a GPU: quant/fast_int8.py) and x as integers
+            self.passing = max(self.passing, 4 * max(2 * f, q + 2 * kv) * min(n, ROWS) + n * max(f, c, q))
         rows = min(config.vocab_size, 16384)
         # logits, their gradient and softmax; the chunks of the head's three terms
         capped = 2 if config.final_logit_softcapping else 0  # tanh, which backward needs, and its product

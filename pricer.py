@@ -22,8 +22,9 @@ from llama.weights import load_weights
 from lora.adapter import load_adapter
 from memory import Plan, Recompute, free_memory
 from pricing.batch import Shape
-from quant.fast import Group, HostEmbedding, group_linears, quantise_head, triton
-from quant.linear import FrozenLinear, quantise_linear
+from quant.fast import Group, HostEmbedding, group_linears, triton
+from quant.int8 import quantise_weight
+from quant.linear import FrozenLinear, LinearInt8, quantise_linear
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GIB = 1 << 30
@@ -97,17 +98,19 @@ def open_base(model_name: str) -> tuple[LlamaConfig, Tokenizer, Path]:
 
 
 def load_base(config, tokenizer, directory, device, dtype, options, plan: Plan = Plan()) -> Llama:
-    """Each linear quantised as it is read (`options`: bits, blocksize, double_quant), embedding and head left in the
-    compute dtype, or where and how `plan` puts them."""
+    """Each linear quantised as it is read (`options`: bits, blocksize, double_quant, outlier_threshold), embedding and
+    head left in the compute dtype, or where and how `plan` puts them."""
     with torch.device("meta"):
         model = Llama(config, dtype)
 
     def make_linear(weight, bias):
         return quantise_linear(
-            weight, bias, bits=options.bits, dtype=dtype, blocksize=options.blocksize, double_quant=options.double_quant
-        )
+            weight, bias, bits=options.bits, dtype=dtype, blocksize=options.blocksize,
+            double_quant=options.double_quant,
+            outlier_threshold=getattr(options, "outlier_threshold", 6.0),  # runs from before 8 bits have none
+        )  # fmt: skip
 
-    how = "quantising to NF4" if options.bits == 4 else "loading in 16 bits"
+    how = {4: "quantising to NF4", 8: "quantising to int8", 16: "loading in 16 bits"}[options.bits]
     on_host = ["embed_tokens.weight"] * plan.host_embed + ["lm_head.weight"] * plan.head8
     load_weights(
         model, directory, device, make_linear, on_host, lambda names: tqdm(names, desc=how, unit="linear", leave=False)
@@ -115,7 +118,7 @@ def load_base(config, tokenizer, directory, device, dtype, options, plan: Plan =
     if plan.host_embed:
         model.embed_tokens = HostEmbedding(model.embed_tokens.weight)
     if plan.head8:
-        weight, model.head_scale = quantise_head(model.lm_head.weight, device)
+        weight, model.head_scale = quantise_weight(model.lm_head.weight, device)
         model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
     return model
 
@@ -127,8 +130,11 @@ def speed_up(model: Llama, plan: Plan = Plan(), shape: Shape | None = None) -> l
         size = (shape.tokens, model.config.hidden_size)
         model.run_block = Recompute(model, plan.recompute, plan.offload, size, model.device)
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
-    if model.device.type == "cuda" and triton is not None and not compiler:
-        print("no C compiler (gcc or clang), which Triton needs: the slower readable path runs", file=sys.stderr)
+    missing = "C compiler (gcc or clang), which Triton needs" if triton is not None and not compiler else None
+    if triton is None and any(isinstance(module, LinearInt8) for module in model.modules()):
+        missing = "Triton, which 8 bits need to run in fixed shapes"
+    if model.device.type == "cuda" and missing:
+        print(f"no {missing}: the slower readable path runs", file=sys.stderr)
         return []
     groups = group_linears(model)
     per_block = len(groups) // len(model.layers)

@@ -1,4 +1,4 @@
-"""Fine-tune a Llama in 4 bits to tell a product's price from its text: QLoRA in one plain loop.
+"""Fine-tune a Llama in 4, 8 or 16 bits to tell a product's price from its text: QLoRA in one plain loop.
 
     python train.py --bits 4                                                 SmolLM2-135M on the built-in catalogue
     python train.py --bits 4 --data pc-parts                                                   real products
@@ -51,6 +51,7 @@ from pricing.loss import CRPS_SCALES, LOSSES, AnswerLoss
 from pricing.neighbours import INDEX, build, with_neighbours
 from pricing.prompt import encode_items, load_prompt
 from pricing.sources import load_items
+from quant.linear import BITS
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -59,12 +60,18 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="smollm2", help="smollm2, a directory, a .gguf file or a hub id")
-    group.add_argument("--bits", type=int, default=4, choices=[4, 16], help="4: NF4; 16: not quantised")
+    group.add_argument("--bits", type=int, default=4, choices=BITS, help="4: NF4; 8: LLM.int8(); 16: not quantised")
     group.add_argument(
         "--blocksize", type=int, default=64, choices=[64, 128, 256, 512], help="weights that share one absmax"
     )
     group.add_argument(
         "--double-quant", action=argparse.BooleanOptionalAction, default=True, help="absmax in 8 bits too"
+    )
+    group.add_argument(
+        "--outlier-threshold",
+        type=float,
+        default=6.0,
+        help="8 bits: columns of a layer's input with a value this large stay in the compute dtype; 0 for none",
     )
     group = parser.add_argument_group("LoRA")
     group.add_argument("--rank", type=int, default=16, help="width of the trained product")
@@ -172,6 +179,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     for name, least in least_values.items():
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    if not 0 <= args.outlier_threshold < math.inf:
+        parser.error(f"--outlier-threshold must be 0 (none) or greater, got {args.outlier_threshold}")
     if args.memory_budget and (args.readable or args.dropout):
         parser.error("--memory-budget plans the fast path; leave out --readable and --dropout")
     given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")}

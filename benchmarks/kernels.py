@@ -1,4 +1,5 @@
-"""What the GPU can do, and what the kernels reach: NF4 dequantisation against copy speed, products against the peak.
+"""What the GPU can do, and what the kernels reach: NF4 dequantisation against copy speed, products against the peak,
+LLM.int8() against the 16-bit product.
 
     python -m benchmarks.kernels --json kernels.json
 
@@ -15,7 +16,8 @@ import torch
 
 from pricing.console import table
 from quant.fast import Packed
-from quant.linear import LinearNF4
+from quant.fast_int8 import JoinedInt8
+from quant.linear import LinearNF4, integer_product, quantise_linear
 
 SHAPES = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)}  # of an 8B
 
@@ -53,7 +55,7 @@ def main() -> None:
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in "ab")
     peak = 2 * 8192**3 / microseconds(lambda: a @ b, 5) / 1e6  # TFLOP/s
     figures = {"gpu": torch.cuda.get_device_name(), "copy_tb_s": copy, "matmul_tflop_s": peak, "tokens": args.tokens}
-    rows = []
+    rows, rows8 = [], []
     for name, (out_features, in_features) in SHAPES.items():
         linear = LinearNF4(torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) * 0.02)
         packed = Packed([linear])
@@ -76,10 +78,23 @@ def main() -> None:
             f"{forward:.0f}", f"{work / forward / 1e6 / peak:.0%}",
             f"{backward:.0f}", f"{work / backward / 1e6 / peak:.0%}",
         ])  # fmt: skip
+        int8 = JoinedInt8([quantise_linear(weight.normal_(std=0.02), bits=8)])
+        codes = torch.ones(args.tokens, in_features, dtype=torch.int8, device="cuda")
+        calls = (lambda: int8.dequantise_into(weight), lambda: integer_product(codes, int8.weight))
+        times = [microseconds(call) for call in calls]
+        for share in (0, 0.001, 0.05, 0.3):  # of columns that are outliers, evenly spread
+            x.normal_().clamp_(-4, 4)
+            if share:
+                x[0, :: round(1 / share)] = 10
+            times.append(microseconds(lambda: int8.multiply(x)))
+        figures[name]["int8_us"] = times
+        rows8.append([rows[-1][0], *(f"{time:.0f}" for time in times), f"{forward:.0f}"])
     print(f"{figures['gpu']}: copies at {copy:.2f} TB/s, 8192 x 8192 x 8192 in bfloat16 at {peak:.0f} TFLOP/s")
     header = ["weight", "dequantise us", "of copy", "bitsandbytes us", "of copy"]
     header += ["x W^T us", "of peak", "g W us", "of peak"]
     print(table(header, rows))
+    header = ["int8 weight", "dequantise us", "product us", "LLM.int8() us", "0.1 % outliers", "5 %", "30 %", "16 bits"]
+    print(table(header, rows8))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="directory (default: random weights of the shape, kept for later)")
     parser.add_argument("--batch", type=int, default=16, help="sequences in a step, on average")
     parser.add_argument("--budgets", nargs="+", default=["40GiB", "16GiB", "8GiB", "5.2GiB"])
-    parser.add_argument("--bits", type=int, default=4, choices=[4, 16])
+    parser.add_argument("--bits", type=int, default=4, choices=[4, 8, 16])
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--time-limit", type=int, default=200, help="seconds for one budget")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")

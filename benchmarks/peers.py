@@ -52,7 +52,8 @@ def packed(batch: list[list[int]], supervised: int) -> dict[str, Tensor]:
 
 def train(args: Namespace, sequences, model, collate, settings: str, autocast: bool = False) -> dict:
     """The loop that the peers share. The contract of the result is in `measure`."""
-    if (args.bits == 4) != any(type(module).__name__ == "Linear4bit" for module in model.modules()):
+    kinds = {type(module).__name__ for module in model.modules()}
+    if kinds & {"Linear4bit", "Linear8bitLt"} != {4: {"Linear4bit"}, 8: {"Linear8bitLt"}, 16: set()}[args.bits]:
         raise RuntimeError(f"--bits {args.bits} was not obeyed")  # without bitsandbytes, Unsloth goes on in 16 bits
     batches = [collate(batch, args.supervised) for batch in sequences]
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
@@ -80,13 +81,13 @@ def peft(args: Namespace, sequences, autocast: bool = False) -> dict:
     )
     model = LlamaForCausalLM.from_pretrained(
         args.model,
-        quantization_config=nf4 if args.bits == 4 else None,
+        quantization_config={4: nf4, 8: BitsAndBytesConfig(load_in_8bit=True), 16: None}[args.bits],
         dtype=torch.bfloat16,
         device_map={"": DEVICE},
     )
     model.config.use_cache = False  # as Trainer does: a cache of keys and values is of no use in training
     checkpointing = args.checkpointing == "default"
-    if args.bits == 4:
+    if args.bits < 16:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     elif checkpointing:
         model.gradient_checkpointing_enable()
@@ -113,6 +114,7 @@ def unsloth(args: Namespace, sequences, collate=padded) -> dict:
         max_seq_length=2048,
         dtype=torch.bfloat16,
         load_in_4bit=args.bits == 4,
+        load_in_8bit=args.bits == 8,
         load_in_16bit=args.bits == 16,
         use_gradient_checkpointing=checkpointing,
     )

@@ -117,7 +117,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--memory-budget", help="of ours, as for train.py (default: what is free)")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
-    parser.add_argument("--bits", type=int, default=4, choices=[4, 16], help="4: NF4, double quantisation; 16: bf16")
+    bits = "4: NF4, double quantisation; 8: LLM.int8(); 16: bf16"
+    parser.add_argument("--bits", type=int, default=4, choices=[4, 8, 16], help=bits)
     parser.add_argument("--rank", type=int, help="of LoRA (default: 32; smollm2: 16)")
     parser.add_argument("--alpha", type=float, help="of LoRA (default: 64; smollm2: 32)")
     parser.add_argument("--targets", help="as for train.py (default: attention; smollm2: all-linear)")

@@ -218,7 +218,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.head_scale = None  # (V,) float32 where lm_head is int8 (quant.fast.quantise_head)
+        self.head_scale = None  # (V,) float32 where lm_head is int8 (quant.int8.quantise_weight)
         # Not in state_dict, and computed on the CPU even when the rest is built on `meta`.
         with torch.device("cpu"):
             self.register_buffer("frequency", all_frequencies(config), persistent=False)

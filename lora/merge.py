@@ -1,12 +1,13 @@
-"""Merge an adapter into its base: a plain Hugging Face style directory that needs neither LoRA nor 4 bits.
+"""Merge an adapter into its base: a plain Hugging Face style directory that needs neither LoRA nor 4 or 8 bits.
 
     python -m lora.merge --ckpt out/ --base BASE_DIRECTORY --out merged/
 
     W' = W + scaling * B A        in float32, then bfloat16
 
-What is W? A run with `--bits 4` learnt beside the *dequantised* weight, quantisation error included. Merged into the
-original 16-bit weight the sum is another model; so each target is first quantised and dequantised as in training (on a
-CPU here: a run trained on CUDA may differ in the few values that quant/nf4.py tells of).
+What is W? A run with `--bits 4` or `8` learnt beside the *dequantised* weight, quantisation error included. Merged into
+the original 16-bit weight the sum is another model; so each target is first quantised and dequantised as in training
+(on a CPU here: a run trained on CUDA may differ in the few values that quant/nf4.py tells of).
+With `--bits 8` the run rounded its activations too (quant/int8.py), which the merged model does not.
 Phi-3's fused matrices are quantised part by part, as in training.
 Other tensors are rounded to bfloat16. The base is read and written shard by shard.
 """

@@ -17,12 +17,14 @@ What differs from the readable path, and why it is faster:
     small products run beside the large one, on a second stream.
 
 Without Triton, and for shapes that do not come in whole blocks, bitsandbytes dequantises, and the rest is the same.
+With `--bits 8` forward multiplies integers (quant/fast_int8.py); backward and `keep` are as above.
 """
 
 import torch
 from torch import Tensor, nn
 
-from quant.linear import FrozenLinear, Linear16, LinearNF4
+from quant.fast_int8 import JoinedInt8
+from quant.linear import FrozenLinear, Linear16, LinearInt8, LinearNF4
 
 try:
     import triton
@@ -148,7 +150,7 @@ class GroupFunction(torch.autograd.Function):
         if lora_A is not None:
             with Aside(x.device) as aside:
                 z = x @ lora_A.T  # (N, R)
-        y = torch.nn.functional.linear(x, group.weight(x.dtype), group.bias(x.dtype))  # (N, O)
+        y = group.multiply(x)  # (N, O)
         if lora_A is not None:
             aside.join()
             for (rows, ranks, scaling), lora_B in zip(group.slices, lora_Bs, strict=True):
@@ -199,12 +201,19 @@ class Group:
             row += base.out_features
         self.kept: Tensor | None = None
         self.packed = Packed(self.bases) if triton is not None and Packed.fits(self.bases) else None
+        self.int8 = JoinedInt8(self.bases) if all(isinstance(base, LinearInt8) for base in self.bases) else None
         if all(isinstance(base, Linear16) for base in self.bases):
             # 16 bits already: one matrix from the start, of which the linears become views.
             self.kept = torch.cat([base.weight for base in self.bases]) if len(parts) > 1 else self.bases[0].weight
             for base, rows in zip(self.bases, self.kept.split([b.out_features for b in self.bases]), strict=True):
                 base.weight = rows
         self.factors: tuple | None = None  # (A, B_1, B_2, ...) in the compute dtype, set anew for each training step
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The frozen part, x W^T + b.  (N, I) -> (N, O)"""
+        if self.int8:
+            return self.int8.multiply(x)
+        return torch.nn.functional.linear(x, self.weight(x.dtype), self.bias(x.dtype))
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """All weights of the group, one below the other  # (O, I); overwritten by the next group"""
@@ -218,6 +227,8 @@ class Group:
     def fill(self, weight: Tensor) -> Tensor:
         if self.packed:
             return self.packed.dequantise(weight)
+        if self.int8:
+            return self.int8.dequantise_into(weight)
         for base, rows in zip(self.bases, weight.split([b.out_features for b in self.bases]), strict=True):
             rows.copy_(base.dequantise(weight.dtype))
         return weight
@@ -258,17 +269,6 @@ class HostEmbedding(nn.Module):
         size = out.shape[1]
         rows_kernel[(len(tokens), triton.cdiv(size, 1024))](tokens, self.weight, out, size, BLOCK=1024)
         return out
-
-
-def quantise_head(weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """lm_head in 8 bits: W[v] = scale[v] * int8[v], scale = absmax / 127.  (V, C) -> (V, C) int8, (V,) float32"""
-    parts, scales = [], []
-    for rows in weight.split(4096):  # a part at a time reaches the device in 16 bits
-        rows = rows.to(device)
-        scale = rows.float().abs().amax(1).clamp(min=1e-12) / 127
-        parts.append((rows.float() / scale[:, None]).round().to(torch.int8))
-        scales.append(scale)
-    return torch.cat(parts), torch.cat(scales)
 
 
 def group_linears(model: nn.Module) -> list[Group]:

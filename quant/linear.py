@@ -34,6 +34,10 @@ What backward needs. With g = dL/dy (N, O) the chain rule gives
                   only the LoRA branch asks for it. W is no argument of the function but a buffer reached through the
                   layer, so autograd cannot even try to form dL/dW.
 
+With `--bits 8` W is stored as int8, and y = x W^T is LLM.int8(): see quant/int8.py, and `LinearInt8` below. x becomes
+int8 too, its outlier columns apart. Rounding has no derivative, so backward is that of the 16-bit product, dL/dx = g W
+with the dequantised W, as in bitsandbytes.
+
 In bitsandbytes the same is `bnb.nn.Linear4bit` and `MatMul4Bit` in autograd/_functions.py; there, quantising is a side
 effect of `.to(device)`. Here it is an explicit call, `quantise_linear`, and `.to()` only moves.
 """
@@ -49,7 +53,9 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import bitsandbytes.functional as bnb  # noqa: E402
 
-BITS = (4, 16)  # what `quantise_linear` and `train.py --bits` take
+from quant import int8  # noqa: E402
+
+BITS = (4, 8, 16)  # what `quantise_linear` and `train.py --bits` take
 
 
 class FrozenLinearFunction(torch.autograd.Function):
@@ -60,8 +66,7 @@ class FrozenLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, x_lora, lora_A, lora_B, scaling, linear):
-        weight = linear.dequantise(x.dtype)  # (O, I)
-        y = torch.nn.functional.linear(x, weight, linear.bias_in(x.dtype))  # (N, O)
+        y = linear.multiply(x)  # (N, O)
         ctx.linear, ctx.scaling = linear, scaling
         if lora_A is not None:
             lora_A, lora_B = (
@@ -105,6 +110,10 @@ class FrozenLinear(nn.Module):
     def stored_bytes(self) -> int:
         """Bytes held for the weight and the bias, absmax and code included."""
         raise NotImplementedError(f"{type(self).__name__} does not say how its weight is stored")
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The frozen part, y = x W^T + b, in the dtype of x.  (N, I) -> (N, O)"""
+        return torch.nn.functional.linear(x, self.dequantise(x.dtype), self.bias_in(x.dtype))
 
     def bias_in(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.bias is None else self.bias.to(dtype)
@@ -163,6 +172,61 @@ class LinearNF4(FrozenLinear):
         return self
 
 
+def integer_product(codes: Tensor, weight: Tensor) -> Tensor:
+    """codes weight^T in int32, exact.  (N, I) int8, (O, I) int8 -> (N, O) int32"""
+    outputs, odd_o, odd_i = len(weight), -len(weight) % 4, -weight.shape[1] % 4
+    if weight.is_cuda and (odd_o or odd_i):  # cuBLASLt multiplies int8 in fours
+        codes = torch.nn.functional.pad(codes, (0, odd_i))
+        weight = torch.nn.functional.pad(weight, (0, odd_i, 0, odd_o))
+    return bnb.int8_linear_matmul(codes, weight)[:, :outputs]
+
+
+class LinearInt8(FrozenLinear):
+    """The 8-bit linear, LLM.int8(): `weight` (O, I) int8 codes, `scale` (O,) float32, both from quant.int8.quantise.
+
+    Columns of x with any |x| >= `threshold` are multiplied in the dtype of x; 0 for none.
+    Raises ValueError for other dtypes, here or of x, and for a threshold below 0.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None, threshold: float = 6.0):
+        super().__init__(*weight.shape, bias)
+        if (weight.dtype, scale.dtype) != (torch.int8, torch.float32):
+            raise ValueError(f"an int8 linear needs int8 codes and a float32 scale, got {weight.dtype}, {scale.dtype}")
+        if not threshold >= 0:
+            raise ValueError(f"the outlier threshold must be 0 (none) or greater, got {threshold}")
+        self.threshold = threshold or float("inf")
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+    def check(self, x: Tensor) -> None:
+        if x.dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"an int8 linear computes in bfloat16 or float32, got {x.dtype}")
+
+    def multiply(self, x: Tensor) -> Tensor:
+        self.check(x)
+        codes, scale, outliers = int8.quantise(x, self.threshold)  # (N, I), (N,), (K,)
+        y = integer_product(codes, self.weight)  # (N, O) int32
+        y = (y * scale[:, None]).mul_(self.scale)  # float32
+        if self.bias is not None:
+            y += self.bias_in(x.dtype)
+        y = y.to(x.dtype)
+        if len(outliers):
+            y.addmm_(x[:, outliers], int8.dequantise(self.weight[:, outliers], self.scale, x.dtype).T)
+        return y
+
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        return int8.dequantise(self.weight, self.scale, dtype)  # (O, I)
+
+    def stored_bytes(self) -> int:
+        return sum(b.nbytes for b in self.buffers())
+
+    def _apply(self, fn, recurse=True):
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.weight.device)  # `.to(torch.bfloat16)` must not round it
+        return self
+
+
 def quantise_linear(
     weight: Tensor,
     bias: Tensor | None = None,
@@ -171,14 +235,18 @@ def quantise_linear(
     dtype: torch.dtype = torch.bfloat16,
     blocksize: int = 64,
     double_quant: bool = True,
+    outlier_threshold: float = 6.0,
 ) -> FrozenLinear:
     """The one place where a weight is quantised: (O, I) float -> a FrozenLinear on the same device.
 
-    `bits` 4: NF4 of the weight as given; 16: no quantisation, kept in `dtype`.
+    `bits` 4: NF4 of the weight as given; 8: int8, a scale a row; 16: no quantisation, kept in `dtype`. `blocksize` and
+    `double_quant` are for 4 bits, `outlier_threshold` for 8.
     Raises ValueError for other `bits` and for a weight with NaN or infinity.
     """
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits}")
     if not torch.isfinite(weight).all():
         raise ValueError("the weight holds NaN or infinity")
+    if bits == 8:
+        return LinearInt8(*int8.quantise_weight(weight, weight.device), bias, outlier_threshold)
     return Linear16(weight.to(dtype), bias) if bits == 16 else LinearNF4(weight, bias, blocksize, double_quant)

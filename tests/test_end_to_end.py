@@ -191,6 +191,27 @@ def test_16_bits_and_bfloat16_and_the_soft_loss_run(place):
     assert "5 held-out items" in out
 
 
+def test_8_bits_train_resume_evaluate_predict_and_merge(place):
+    options = ["--bits", "8", "--outlier-threshold", "5", "--dtype", "bf16", "--max-tokens", "120", "--save-every", "2"]
+    options += ["--schedule", "constant", "--warmup", "0", "--val-items", "0"]
+    common = ["--model", place / "model", "--data", place / "items.jsonl", *options]
+    out, _ = run("train.py", *common, "--max-steps", "4", "--out", place / "out8")
+    assert "frozen linears, int8" in out and "keep their dequantised weights" in out
+    record = json.loads((place / "out8" / "run.json").read_text())
+    assert record["options"]["bits"] == 8 and record["options"]["outlier_threshold"] == 5.0
+    run("train.py", *common, "--max-steps", "2", "--out", place / "begun8")
+    settings = json.loads((place / "begun8" / "run.json").read_text())
+    settings["options"]["max_steps"] = 4  # as if it had been stopped after its first checkpoint
+    (place / "begun8" / "run.json").write_text(json.dumps(settings))
+    run("train.py", "--resume", "--out", place / "begun8")
+    ended = [load_file(place / name / "adapter_model.safetensors") for name in ("out8", "begun8")]
+    assert all((ended[0][key] == ended[1][key]).all() for key in ended[0])
+    out, _ = run("evaluate.py", "--ckpt", place / "out8", "--quiet", "--no-untuned", "--items", "5", "--dtype", "bf16")
+    assert "5 held-out items" in out
+    assert "$" in run("predict.py", "--ckpt", place / "out8", "gold gold ring", "--dtype", "bf16")[0]
+    run("-m", "lora.merge", "--ckpt", place / "out8", "--base", place / "model", "--out", place / "merged8")
+
+
 def test_a_resumed_run_equals_an_unbroken_one(place):
     common = [
         "--model",

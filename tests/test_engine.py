@@ -117,13 +117,18 @@ def test_recomputation_keeps_less_for_backward(tiny):
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd", "lion8bit"])
 @pytest.mark.parametrize("plan", [Plan(), Plan(recompute=2, offload=True)])
-def test_a_recorded_step_equals_its_lines_run_one_by_one(tiny, optimiser, plan):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_recorded_step_equals_its_lines_run_one_by_one(tiny, optimiser, plan, bits):
     chosen, shape = examples(30), shape_for(128, 6)
     windows = [[pack(chosen[i : i + 5], shape)] for i in range(0, 30, 5)]
     results = []
     for graph in (False, True):
-        step, parameter = make_step(tiny[1], shape, graph=graph, optimiser=optimiser, plan=plan)
+        step, parameter = make_step(tiny[1], shape, graph=graph, optimiser=optimiser, plan=plan, bits=bits)
         results.append((run(step, windows), parameter.detach().clone()))
+    if bits == 8:  # gradients' sums differ in the last bit from run to run, which may move an input to the next code
+        np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-2)
+        assert (results[0][1] - results[1][1]).norm() < 0.05 * results[0][1].norm()
+        return
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-4)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-4)
 

@@ -428,7 +428,7 @@ def test_training_moves_every_factor_of_every_family(family):
         assert layer.lora_A.grad.norm() > 0 and layer.lora_B.grad.norm() > 0
 
 
-@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("bits", [4, 8, 16])
 def test_merging_phi3_gives_the_trained_model(tmp_path, bits):
     """Merged into the fused matrices, quantised part by part as in training: transformers' reading gives our logits."""
     from transformers import AutoModelForCausalLM
@@ -444,7 +444,8 @@ def test_merging_phi3_gives_the_trained_model(tmp_path, bits):
     assert merge(tmp_path / "out", tmp_path / "base", tmp_path / "merged") == 2 * 4
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, attn_implementation="eager")
     logits, expected = merged.eval()(given[None]).logits[0], model(given, Layout.packed(LENGTHS[:1]))
-    assert (logits - expected).norm() / expected.norm() < 0.02  # the merged weights are bfloat16
+    # The merged weights are bfloat16; trained in 8 bits, the model rounded its inputs too.
+    assert (logits - expected).norm() / expected.norm() < (0.05 if bits == 8 else 0.02)
     written = load_file(tmp_path / "merged" / "model.safetensors")["model.layers.0.self_attn.qkv_proj.weight"]
     parts = [model.get_submodule(f"layers.0.self_attn.{part}_proj") for part in "qkv"]
     parts = torch.cat([part.base.dequantise(torch.float32) + part.delta() for part in parts])

@@ -34,7 +34,7 @@ def train_step(model, optimiser):
     return loss.item()
 
 
-@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("bits", [4, 8, 16])
 def test_starts_exactly_at_the_base_model(tiny, bits):
     model = our_model(tiny[1], bits)
     before = model(TOKENS, LAYOUT)

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from conftest import hugging_face_model, our_model, tiny_config
 
 from benchmarks.random_model import SHAPES, SHARED
 from llama.config import LlamaConfig
 from memory import GIB, Estimate, Plan, choose, free_memory, parse_bytes
 from pricing.batch import Shape
+from quant.linear import LinearInt8
 
 SHAPE = Shape(2304, 21, 182, 84)
 
@@ -37,6 +39,21 @@ def test_less_memory_pulls_one_lever_after_the_other():
     assert levers[-1].head8 and levers[-1].optimiser == "adamw8bit" and levers[-1].recompute == 32
     recompute = [plan.recompute for plan in levers]
     assert recompute == sorted(recompute)
+
+
+def test_8_bits_lie_between_4_and_16_and_count_what_is_stored(tmp_path):
+    sizes = [estimate(bits=bits).total(Plan()) for bits in (4, 8, 16)]
+    assert sizes[0] + 3 * GIB < sizes[1] < sizes[2] - 5 * GIB
+    hugging_face_model(tiny_config(), tmp_path)
+    stored = sum(m.stored_bytes() for m in our_model(tmp_path, bits=8).modules() if isinstance(m, LinearInt8))
+    config = LlamaConfig.from_directory(tmp_path)
+    options = dict(dtype=torch.bfloat16, rank=4, targets="attention")
+    assert Estimate(config, SHAPE, bits=8, **options).weights == stored
+    plan, reasons = choose(estimate(bits=8), int(9 * GIB))
+    assert plan.keep == 0 and plan.recompute and "are recomputed" in " ".join(reasons)
+    assert choose(estimate(bits=8), 80 * GIB)[0].keep == 32  # for backward
+    with pytest.raises(ValueError, match="below the floor"):
+        choose(estimate(bits=8), 7 * GIB)
 
 
 def test_below_the_floor_is_refused_and_the_floor_named():
