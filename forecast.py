@@ -58,7 +58,7 @@ class Forecast:
         return self.head if decode == "head" else (self.digits + self.head) / 2
 
     def median(self, decode: str | None = None) -> np.ndarray:
-        """One price an item, that of the least expected absolute error: by all there is, or by `decode`  # (n,) dollars"""
+        """The price of least expected absolute error of each item: by all there is, or by `decode`  # (n,) dollars"""
         decode = decode or ("median" if self.head is None else "blend")
         return in_dollars(self.quantiles(decode)[:, MIDDLE])
 
@@ -202,8 +202,10 @@ def encode_run(items: list[Item], tokenizer, options: dict, prompt: str, index: 
 
 
 def write_held(ckpt: str | Path, found: dict[str, np.ndarray]) -> None:
-    """`price` (m,) dollars, `digits` and `head` (m, 21) log dollars"""
-    save_file({key: np.ascontiguousarray(value, np.float64) for key, value in found.items()}, Path(ckpt) / HELD)
+    """`price` (m,) dollars, `digits` and `head` (m, 21) log dollars; whole or not at all"""
+    part = Path(ckpt) / f".{HELD}.part"
+    save_file({key: np.ascontiguousarray(value, np.float64) for key, value in found.items()}, part)
+    os.replace(part, Path(ckpt) / HELD)
 
 
 def read_held(ckpt: str | Path) -> dict[str, np.ndarray]:

@@ -6,10 +6,11 @@ import torch
 from conftest import our_model
 
 from engine import Step
+from forecast import tree_functions
 from lora.inject import inject, lora_layers
 from lora.optim import FlatFactors, make_optimiser
 from memory import Plan, Recompute
-from pricer import speed_up, tree_functions
+from pricer import speed_up
 from pricing.batch import Shape, pack
 from pricing.prompt import Example
 
@@ -23,7 +24,7 @@ class Loss:
     def supervised(self, batch):
         return batch.supervised
 
-    def __call__(self, logits, arrays):
+    def __call__(self, logits, arrays, states):
         return torch.nn.functional.cross_entropy(logits, arrays["targets"], reduction="sum", ignore_index=-100)
 
 

@@ -5,16 +5,26 @@ import math
 import numpy as np
 import pytest
 
-from pricing.intervals import central_range, conformal_offset, conformal_offsets, widen
+from pricing.intervals import LEVELS, calibrated_range, central_range, conformal_offset, log_quantiles, widen
 
 
 def test_the_middle_of_a_distribution_by_hand():
-    p = np.zeros((2, 1000))
-    p[0, [10, 20, 30, 40]] = [0.1, 0.4, 0.4, 0.1]  # the tenth percentile is 10, the ninetieth 30
+    p = np.zeros((3, 1000))
+    p[0, [10, 20, 30, 40]] = [0.1, 0.4, 0.4, 0.1]
     p[1, 0] = 1.0
-    low, high = central_range(p, 0.8)
-    np.testing.assert_allclose(low, [9.5, 0.5])  # a whole dollar is a dollar wide; nothing costs less than $0.50
-    np.testing.assert_allclose(high, [30.5, 0.5])
+    p[2, 100:200] = 0.01
+    found = dict(zip(LEVELS, np.exp(log_quantiles(p)).T, strict=True))
+    # A whole dollar is a dollar wide: 10 holds the first tenth, half of it up to 10.00, a quarter up to 9.75.
+    np.testing.assert_allclose([found[0.025][0], found[0.05][0], found[0.3][0]], [9.75, 10, 20], atol=1e-6)
+    np.testing.assert_allclose([found[q][1] for q in LEVELS], 0.5)  # nothing costs less
+    np.testing.assert_allclose([found[0.05][2], found[0.5][2]], [104.5, 149.5], atol=1e-6)
+    low, high = central_range(log_quantiles(p), 0.8)
+    np.testing.assert_allclose(low[[0, 2]], [10.5, 109.5], atol=1e-6)
+    np.testing.assert_allclose(high[[0, 2]], [30.5, 189.5], atol=1e-6)
+    low, high = central_range(log_quantiles(p), 0.95)
+    np.testing.assert_allclose([low[2], high[2]], [102, 197], atol=1e-6)
+    with pytest.raises(ValueError, match="at most 95 %"):
+        central_range(log_quantiles(p), 0.96)
 
 
 def test_offset_by_hand():
@@ -70,7 +80,7 @@ def test_coverage_of_ranges_of_a_distribution_over_dollars(sharpness):
     centre = np.exp(rng.uniform(2.5, 5.5, 4000))
     truth = np.clip(centre * np.exp(rng.normal(0, 0.3, 4000)), 0.5, 999.49)
     p = np.exp(-0.5 * (np.log((dollars + 0.25) / centre[:, None]) * sharpness / 0.3) ** 2) / (dollars + 0.25)
-    low, high = central_range(p / p.sum(1, keepdims=True), 0.8)
+    low, high = central_range(log_quantiles(p / p.sum(1, keepdims=True)), 0.8)
     before = ((truth >= low) & (truth <= high))[2000:].mean()
     low, high = widen(low, high, conformal_offset(low[:2000], high[:2000], truth[:2000], 0.8))
     after = ((truth >= low) & (truth <= high))[2000:].mean()
@@ -92,12 +102,16 @@ def test_ranges_that_make_no_sense_are_refused():
         conformal_offset(ones[:0], ones[:0], ones[:0], 0.8)
 
 
-def test_offsets_of_every_share_that_the_items_are_enough_for():
+def test_ranges_are_moved_by_what_held_out_forecasts_ask_for():
     rng = np.random.default_rng(0)
-    distribution = rng.dirichlet(np.ones(1000), 12)
+    quantiles = log_quantiles(rng.dirichlet(np.ones(1000), 12))
     truth = rng.uniform(1, 900, 12)
-    offsets = conformal_offsets(distribution, truth)
-    assert list(offsets) == ["50", "80", "90"]  # 95 % would need 19
-    for share, offset in ((0.5, offsets["50"]), (0.9, offsets["90"])):
-        assert offset == conformal_offset(*central_range(distribution, share), truth, share)
-    assert conformal_offsets(distribution[:0], truth[:0]) == {}
+    low, high, calibrated = calibrated_range(quantiles[:3], 0.9, quantiles, truth)
+    offset = conformal_offset(*central_range(quantiles, 0.9), truth, 0.9)
+    assert calibrated and abs(offset) > 0.01
+    expected = widen(*central_range(quantiles[:3], 0.9), offset)
+    np.testing.assert_array_equal([low, high], expected)
+    low, high, calibrated = calibrated_range(quantiles[:3], 0.95, quantiles, truth)  # would need 19 items
+    assert not calibrated
+    np.testing.assert_array_equal([low, high], central_range(quantiles[:3], 0.95))
+    assert not calibrated_range(quantiles, 0.8, quantiles[:0], truth[:0])[2]
