@@ -24,9 +24,9 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from llama.bpe import BYTE_LEVEL, PRE_TOKENIZERS
 from llama.config import LlamaConfig
 from llama.rope import inverse_frequencies
-from llama.tokenizer import BYTE_LEVEL, PRE_TOKENIZERS
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BLOCK = {

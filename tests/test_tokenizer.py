@@ -199,7 +199,6 @@ def refused_cases():
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     split = {"type": "Split", "pattern": {"Regex": r"\w+|\W+"}, "behavior": "Isolated", "invert": False}
     yield "Unigram", put("model", "type", "Unigram")
-    yield "byte_fallback", put("model", "byte_fallback", True)
     yield "dropout", put("model", "dropout", 0.1)
     yield "end_of_word_suffix", put("model", "end_of_word_suffix", "</w>")
     yield "Lowercase", put("normalizer", {"type": "Lowercase"})
