@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from llama.attention import Layout
 from llama.config import LlamaConfig
-from llama.hub import resolve_model
+from llama.hub import PACKAGED, resolve_model
 from llama.model import Llama
 from llama.tokenizer import Tokenizer
 from llama.weights import load_weights
@@ -154,8 +154,8 @@ def speed_up(model: Llama, plan: Plan = Plan(), shape: Shape | None = None) -> l
 
 
 def published_name(model_name: str) -> str:
-    """What other programs know a model by: smollm2's id on the hub, else what the user typed."""
-    return "HuggingFaceTB/SmolLM2-135M-Instruct" if model_name == "smollm2" else model_name
+    """What other programs know a model by: the id on the hub of one that pip fetches, else what the user typed."""
+    return PACKAGED[model_name].published if model_name in PACKAGED else model_name
 
 
 def read_run(ckpt: str | Path) -> dict:

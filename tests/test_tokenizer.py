@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llama import tokenizer as subject
-from llama.gguf import tokenizer_config_from_gguf, tokenizer_json_from_gguf
+from llama.gguf_tokenizer import tokenizer_config_from_gguf, tokenizer_json_from_gguf
 from llama.tokenizer import Tokenizer
 
 hf = pytest.importorskip("tokenizers", reason="the oracle, see requirements-dev.txt")
