@@ -36,7 +36,7 @@ def tokenizer_model_from_gguf(fields: dict) -> bytes:
         raise ValueError("GGUF tokenizer.ggml.unknown_token_id is missing; convert it again")
 
     def piece(i: int) -> tuple[str, float, int]:
-        kind = spm.UNKNOWN if i == unknown else spm.CONTROL if types[i] == spm.UNKNOWN else types[i]
+        kind = spm.UNKNOWN if i == unknown else types[i]
         # llama.cpp's converter writes user-defined tokens, and only those, with spaces.
         return tokens[i].replace(" ", spm.SPACE) if kind == spm.USER_DEFINED else tokens[i], scores[i], kind
 

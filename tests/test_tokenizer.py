@@ -1,7 +1,7 @@
 """llama/tokenizer.py against Hugging Face's `tokenizers` and Google's `sentencepiece`:  pytest tests/test_tokenizer.py
 
-Toy vocabularies are trained here, so most of it needs no download. With SMOLLM2_GGUF set to the SmolLM2 GGUF file, the
-real vocabulary runs too, over every title of pc_parts.jsonl.
+Toy vocabularies are trained here; SmolLM2's own runs too, over every title of pc_parts.jsonl. What falls back to bytes
+is in tests/test_spm.py, the other families' own vocabularies in tests/test_real_tokenizers.py.
 """
 import io
 import json
