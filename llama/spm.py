@@ -89,6 +89,8 @@ def without_steering(proto: bytes) -> bytes:
             if byte < 128:
                 break
         payload, at = proto[at : at + size], at + size
+        if at > len(proto):
+            raise ValueError("damaged or cut short; download it again")
         if tag == 0x0A and payload[:1] == b"\x0a" and payload.endswith(bytes([0x18, USER_DEFINED])):
             name = payload[2 : 2 + payload[1]].decode("utf-8", "replace")  # names of 128 bytes and more steer nothing
             payload += bytes([0x18, CONTROL]) if STEERING.fullmatch(name) else b""  # the last value wins

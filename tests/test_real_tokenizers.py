@@ -103,10 +103,9 @@ def test_prices(real):
         assert len(ids) == (1 if name == "llama3_1" else len(str(price)))
 
 
+@pytest.mark.parametrize("real", ["llama3_1"], indirect=True)
 def test_llama_3s_first_file(real, tmp_path, prompts):
     name, ours, _, _ = real
-    if name != "llama3_1":
-        pytest.skip("only Llama 3 has a tiktoken file")
     data = json.loads((cache_directory() / "tokenizers" / name / "tokenizer.json").read_text("utf-8"))
     tokens = {bytes(map(bpe._BYTE.get, token)): i for token, i in data["model"]["vocab"].items()}
     lines = [b"%s %d\n" % (b64encode(token), i) for token, i in sorted(tokens.items(), key=lambda item: item[1])]

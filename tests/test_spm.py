@@ -170,6 +170,9 @@ def test_a_models_user_defined_tokens_stay_but_for_those_that_steer(tmp_path):
         assert google.piece_to_id(name) not in ids and ours.decode(ids) == name
     plain = trained()
     assert spm.without_steering(plain) == plain
+    (tmp_path / "tokenizer.model").write_bytes(plain[: len(plain) // 2])
+    with pytest.raises(ValueError, match="tokenizer.model: damaged or cut short"):
+        Tokenizer.from_directory(tmp_path)
 
 
 @pytest.mark.parametrize("gemma_like", [False, True])
