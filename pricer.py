@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from llama.config import LlamaConfig
-from llama.hub import resolve_model
+from llama.hub import PACKAGED, resolve_model
 from llama.model import Llama
 from llama.tokenizer import Tokenizer
 from llama.weights import load_weights
@@ -146,8 +146,8 @@ def speed_up(model: Llama, plan: Plan = Plan(), shape: Shape | None = None) -> l
 
 
 def published_name(model_name: str) -> str:
-    """What other programs know a model by: smollm2's id on the hub, else what the user typed."""
-    return "HuggingFaceTB/SmolLM2-135M-Instruct" if model_name == "smollm2" else model_name
+    """What other programs know a model by: the id on the hub of one that pip fetches, else what the user typed."""
+    return PACKAGED[model_name].published if model_name in PACKAGED else model_name
 
 
 def read_run(ckpt: str | Path) -> dict:
@@ -188,7 +188,7 @@ def load_run(ckpt: str | Path, run: dict, device, dtype) -> tuple:
     return model.eval(), tokenizer
 
 
-def memory_report(model: Llama) -> str:
+def memory_report(model: Llama, head: torch.nn.Module | None = None) -> str:
     """Logical weights apart from stored bytes, by storage, trainable and frozen. A packed NF4 byte is two weights."""
     rows: dict[str, list[int]] = {}
 
@@ -205,6 +205,8 @@ def memory_report(model: Llama) -> str:
     for parameter in model.parameters():
         kind = "trainable (LoRA)" if parameter.requires_grad else "frozen embedding, head, norms"
         add(f"{kind}, {str(parameter.dtype).removeprefix('torch.')}", parameter.numel(), parameter.nbytes)
+    for parameter in head.parameters() if head else ():
+        add("trainable (price head), float32", parameter.numel(), parameter.nbytes)
     rows["total"] = [sum(r[0] for r in rows.values()), sum(r[1] for r in rows.values())]
     lines = [f"  {kind:<42}{n:>16,} parameters {size / 2**20:>10,.1f} MiB" for kind, (n, size) in rows.items()]
     return "\n".join(lines)

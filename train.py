@@ -59,7 +59,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="smollm2", help="smollm2, a directory, a .gguf file or a hub id")
+    group.add_argument("--model", default="smollm2", help="smollm2, gemma3-270m, a directory, a .gguf file or a hub id")
     group.add_argument("--bits", type=int, default=4, choices=BITS, help="4: NF4; 8: LLM.int8(); 16: not quantised")
     group.add_argument(
         "--blocksize", type=int, default=64, choices=[64, 128, 256, 512], help="weights that share one absmax"
@@ -311,7 +311,7 @@ def train(args: argparse.Namespace) -> None:
         f"model      {args.model} ({directory}) on {device}, {args.bits} bits, "
         f"computing in {str(dtype).removeprefix('torch.')}; {loaded}"
     )
-    print(memory_report(model))
+    print(memory_report(model, head))
     for reason in reasons:
         print(f"memory     {reason}")
     print(

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from llama.bpe import LLAMA3
 from llama.config import LlamaConfig
 from llama.model import Llama
-from llama.tokenizer import LLAMA3
 
 SHARED = {
     "model_type": "llama",

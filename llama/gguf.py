@@ -2,13 +2,14 @@
 
     python -m llama.gguf model.gguf out_dir/
 
-The `gguf` package parses the file and undoes its quantisation, exactly, to float32. Three things differ from
-Hugging Face's:
+The `gguf` package parses the file and undoes its quantisation, exactly, to float32. What else differs from Hugging
+Face's depends on the architecture (gguf_config.py):
 
-    names     blk.0.attn_q -> model.layers.0.self_attn.q_proj, in the table below
-    order     GGUF stores the rows of q and k for interleaved rotary pairs (rope.py); without the permutation back
-              the model loads, gives no error, and answers wrongly
-    rope      Llama 3.1's scaling is a tensor of divisors, rope_freqs.weight, not five numbers in the config
+    names     blk.0.attn_q -> model.layers.0.self_attn.q_proj, in the tables below
+    order     for `llama` (Mistral's too), the rows of q and k are stored for interleaved rotary pairs (rope.py);
+              without the permutation back the model loads, gives no error, and answers wrongly. Others are unchanged
+    norms     Gemma's are stored with the 1 added by which they multiply (1 + weight)
+    rope      Llama 3.1's scaling is a tensor of divisors, rope_freqs.weight, Phi-3's two of factors, rope_factors_*
 """
 
 import argparse
@@ -24,9 +25,8 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from llama.config import LlamaConfig
-from llama.rope import inverse_frequencies
-from llama.tokenizer import BYTE_LEVEL, PRE_TOKENIZERS
+from llama.gguf_config import Architecture, architecture_of, config_from_gguf
+from llama.gguf_tokenizer import write_tokenizer
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BLOCK = {
@@ -40,16 +40,17 @@ BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")  # in the config
 SHARD_BYTES = 1 << 30  # written at a time, so that the whole model never is in memory
 
 
-def hugging_face_name(name: str) -> str:
+def hugging_face_name(name: str, architecture: Architecture) -> str:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`. Raises ValueError for a name not in the
-    table."""
+    tables."""
     stem, _, kind = name.rpartition(".")
-    parts = stem.split(".")
-    if parts[0] == "blk" and len(parts) == 3 and parts[2] in BLOCK:
-        return f"model.layers.{parts[1]}.{BLOCK[parts[2]]}.{kind}"
+    parts, block = stem.split("."), BLOCK | architecture.names
+    if parts[0] == "blk" and len(parts) == 3 and parts[2] in block:
+        return f"model.layers.{parts[1]}.{block[parts[2]]}.{kind}"
     if stem in TOP:
         return f"{TOP[stem]}.{kind}"
     raise ValueError(f"unknown tensor {name}")
@@ -61,51 +62,7 @@ def split_halves(rows: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
 
-def config_from_gguf(fields: dict, tensors: dict) -> dict:
-    """config.json as a dict, from GGUF metadata and the tensors by name (only `output.weight` and `rope_freqs.weight`
-    matter)."""
-    kind = fields.get("general.architecture")
-    if kind != "llama":
-        raise ValueError(f"architecture {kind!r} is not supported; supported: llama")
-    try:
-        heads = int(fields["llama.attention.head_count"])
-        config = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "vocab_size": len(fields["tokenizer.ggml.tokens"]),
-            "hidden_size": int(fields["llama.embedding_length"]),
-            "intermediate_size": int(fields["llama.feed_forward_length"]),
-            "num_hidden_layers": int(fields["llama.block_count"]),
-            "num_attention_heads": heads,
-            "num_key_value_heads": int(fields.get("llama.attention.head_count_kv", heads)),
-            "head_dim": int(fields.get("llama.rope.dimension_count", int(fields["llama.embedding_length"]) // heads)),
-            "rms_norm_eps": round(float(fields["llama.attention.layer_norm_rms_epsilon"]), 12),
-            "rope_theta": float(fields.get("llama.rope.freq_base", 10000.0)),
-            "max_position_embeddings": int(fields["llama.context_length"]),
-            "tie_word_embeddings": "output.weight" not in tensors,
-            "attention_bias": False,
-            "mlp_bias": False,
-            "torch_dtype": "float32",
-        }
-    except KeyError as missing:
-        raise ValueError(f"metadata lacks {missing}") from None
-    if "rope_freqs.weight" in tensors:
-        divisors = torch.from_numpy(np.array(tensors["rope_freqs.weight"].data, dtype=np.float32))
-        plain = inverse_frequencies(LlamaConfig.from_dict(config))
-        config["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": float(divisors.max()),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-        if not torch.allclose(inverse_frequencies(LlamaConfig.from_dict(config)), plain / divisors, rtol=1e-3):
-            raise ValueError("rope_freqs.weight is not Llama 3.1's scaling of an 8,192 token context")
-    return config
-
-
-def write_weights(tensors: list, config: dict, directory: Path) -> None:
+def write_weights(tensors: list, architecture: Architecture, config: dict, directory: Path) -> None:
     """Dequantise, rename, permute and write shard by shard, with an index."""
     weight_map, shard, size, shards = {}, {}, 0, 0
 
@@ -119,14 +76,24 @@ def write_weights(tensors: list, config: dict, directory: Path) -> None:
 
     from gguf.quants import dequantize
 
+    for kind, tensor in {tensor.tensor_type: tensor for tensor in tensors}.items():  # before the long work
+        try:
+            dequantize(tensor.data[:1], kind)
+        except NotImplementedError:
+            raise ValueError(
+                f"{tensor.name} is of type {kind.name}, which cannot be dequantised; use a file in Q4_0, Q4_1, Q4_K, "
+                "Q5_K, Q6_K, Q8_0, F16 or BF16"
+            ) from None
     for tensor in tqdm(tensors, desc="converting GGUF to safetensors", unit="tensor"):
-        if tensor.name == "rope_freqs.weight":
-            continue  # in the config
+        if tensor.name in ROPE_TENSORS:
+            continue
         values = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
+        if architecture.norm_offset and tensor.name.endswith("norm.weight"):
+            values = values - 1
+        if architecture.interleaved and tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
             queries = tensor.name.endswith("attn_q.weight")
             values = split_halves(values, config["num_attention_heads" if queries else "num_key_value_heads"])
-        shard[hugging_face_name(tensor.name)] = torch.from_numpy(np.array(values))
+        shard[hugging_face_name(tensor.name, architecture)] = torch.from_numpy(np.array(values))
         size += values.nbytes
         if size >= SHARD_BYTES:
             flush()
@@ -140,70 +107,6 @@ def write_weights(tensors: list, config: dict, directory: Path) -> None:
     if shards > 1:
         index = {"metadata": {}, "weight_map": {key: names[number] for key, number in weight_map.items()}}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def tokenizer_json_from_gguf(fields: dict) -> dict:
-    """GGUF metadata (`tokenizer.ggml.*`, plain values) -> the `tokenizer.json` that Hugging Face would have.
-
-    transformers 5 ignores `pre` and gives every model GPT-2's pattern; the model was trained with its own.
-    """
-    get = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}.get
-    model, pre, tokens, merges, types = map(get, ("model", "pre", "tokens", "merges", "token_type"))
-    if model != "gpt2" or pre not in PRE_TOKENIZERS:
-        raise ValueError(
-            f"GGUF tokenizer.ggml.model {model!r} with tokenizer.ggml.pre {pre!r} is not supported; "
-            f"use a file with model 'gpt2' and pre one of {', '.join(PRE_TOKENIZERS)}"
-        )
-    if not tokens or merges is None or len(types or ()) != len(tokens) or len(set(tokens)) != len(tokens):
-        raise ValueError("GGUF tokenizer.ggml.tokens, merges, token_type are missing or do not fit; convert it again")
-    post, bos = None, get("bos_token_id")
-    if get("add_bos_token", pre == "llama-bpe"):  # llama.cpp's default where the key is absent
-        if bos is None:
-            raise ValueError("GGUF tokenizer.ggml.add_bos_token is set but bos_token_id is missing; convert it again")
-        single = [{"SpecialToken": {"id": tokens[bos], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        post = {
-            "type": "TemplateProcessing",
-            "single": single,
-            "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {tokens[bos]: {"id": tokens[bos], "ids": [bos], "tokens": [tokens[bos]]}},
-        }
-    steps = [step | {"trim_offsets": True} if step["type"] == "ByteLevel" else step for step in PRE_TOKENIZERS[pre][1]]
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    # Type 3 is a control token; type 4 (user defined) an added token that Hugging Face does not call special.
-    added = [
-        {"id": i, "content": token, **plain, "special": kind == 3}
-        for i, (token, kind) in enumerate(zip(tokens, types))
-        if kind in (3, 4)
-    ]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        # Qwen normalises to NFC; GGUF has no field for it and llama.cpp leaves it out.
-        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "post_processor": post,
-        "decoder": BYTE_LEVEL | {"trim_offsets": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "merges": list(merges),
-            "ignore_merges": pre == "llama-bpe",
-            "vocab": {token: i for i, token in enumerate(tokens)},
-        },
-    }
-
-
-def tokenizer_config_from_gguf(fields: dict) -> dict:
-    """The names of BOS and EOS, for `tokenizer_config.json`: a `tokenizer.json` has no place for them."""
-    ids = {key: fields.get(f"tokenizer.ggml.{key}_id") for key in ("bos_token", "eos_token")}
-    return {key: fields["tokenizer.ggml.tokens"][i] for key, i in ids.items() if i is not None}
 
 
 def convert(path: str | Path, out: str | Path) -> None:
@@ -220,9 +123,8 @@ def convert(path: str | Path, out: str | Path) -> None:
             reader = GGUFReader(path)
             fields = {key: field.contents() for key, field in reader.fields.items()}
             config = config_from_gguf(fields, {t.name: t for t in reader.tensors})
-            write_weights(reader.tensors, config, part)
-            (part / "tokenizer.json").write_text(json.dumps(tokenizer_json_from_gguf(fields), ensure_ascii=False))
-            (part / "tokenizer_config.json").write_text(json.dumps(tokenizer_config_from_gguf(fields)))
+            write_tokenizer(fields, part)
+            write_weights(reader.tensors, architecture_of(fields), config, part)
         except (ValueError, IndexError, KeyError) as error:  # the reader runs off the end of a truncated file
             raise ValueError(f"{path} is no readable GGUF of a supported model, or is cut short: {error}") from None
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")

