@@ -140,6 +140,7 @@ def main() -> None:
     # A greedy text that is no price says nothing: it is priced like an unknown product, and counted.
     guess = np.where(np.isnan(guess), fallback, guess)
     metrics = score(truth, guess, constant, categories, failures, interval)
+    metrics |= {"train_items": len(train), "members": len(run.paths)}
     metrics |= {"seconds": round(seconds, 2), "decode": decode, "share": share, "calibrated": calibrated}
     comparison = {"fine-tuned": metrics}
 
