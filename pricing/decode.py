@@ -14,8 +14,9 @@ A node that is reached with less than the probability `prune` is not opened: wha
 prices below it. Nothing is lost, the sum stays one, and no price moves by more than what the shut nodes held.
 
 From the distribution, the price is chosen for the error that is measured (Lukasik et al. 2024, arXiv 2403.04182): the
-median has the least expected absolute error, the mean the least squared error; the mode is the likeliest. `greedy` is
-what text generation at temperature 0 would write: digit after digit, each the likeliest, blind to what comes after.
+median has the least expected absolute error, the mean the least squared error, the log-mean the least squared error of
+the log price (RMSLE, but for its 1 +); the mode is the likeliest. `greedy` is what text generation at temperature 0
+would write: digit after digit, each the likeliest, blind to what comes after.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 
 PRICES = 1000  # 0..999 dollars
-PICKS = ("median", "mean", "mode", "greedy")
+PICKS = ("median", "mean", "log-mean", "mode", "greedy")
 
 
 @dataclass
@@ -152,17 +153,12 @@ def greedy_prices(prefill, extend, prompts: list[list[int]], tree: PriceTree) ->
 
 
 def pick(distribution: np.ndarray, how: str) -> np.ndarray:
-    """One price a row, in dollars, from P (B, 1000): `median` (the least absolute error), `mean` or `mode`."""
-    if how == "median":
-        return quantile(distribution, 0.5)
+    """One price a row, in dollars, from P (B, 1000): `mean`, `log-mean` (exp of the mean of ln max(d, 0.5)) or `mode`.
+    The median is pricing.intervals.log_quantiles' middle one."""
     if how == "mean":
         return distribution @ np.arange(PRICES)
+    if how == "log-mean":
+        return np.exp(distribution @ np.log(np.maximum(np.arange(PRICES), 0.5)))
     if how == "mode":
         return distribution.argmax(axis=1).astype(float)
     raise ValueError(f"unknown decoding {how!r}; choose from {', '.join(PICKS)}")
-
-
-def quantile(distribution: np.ndarray, q: float) -> np.ndarray:
-    """The least whole price with at least the share q of the probability at or below it  # (B,) dollars"""
-    reached = np.cumsum(distribution, axis=1) >= q - 1e-12
-    return np.where(reached.any(axis=1), reached.argmax(axis=1), PRICES - 1).astype(float)

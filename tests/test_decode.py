@@ -8,7 +8,7 @@ import torch
 from conftest import our_model
 
 from llama.attention import Layout
-from pricing.decode import PRICES, PriceTree, greedy_prices, pick, price_distribution, quantile
+from pricing.decode import PRICES, PriceTree, greedy_prices, pick, price_distribution
 
 PROMPTS = [[20, 21, 22, 23, 24], [30, 31], list(range(40, 61))]
 
@@ -182,23 +182,16 @@ def test_greedy_reads_a_price_and_reports_none():
     assert np.isnan(scripted("about 5"))
 
 
-def test_picks_and_quantiles_by_hand():
+def test_picks_by_hand():
     p = np.zeros((2, PRICES))
     p[0, [10, 20, 90]] = [0.5, 0.2, 0.3]
     p[1, 999] = 1
-    assert pick(p, "median").tolist() == [10, 999]
     assert pick(p, "mode").tolist() == [10, 999]
     np.testing.assert_allclose(pick(p, "mean"), [0.5 * 10 + 0.2 * 20 + 0.3 * 90, 999])
-    assert quantile(p, 0.6).tolist() == [20, 999]
-    assert quantile(p, 0.9).tolist() == [90, 999]
+    np.testing.assert_allclose(pick(p, "log-mean"), [10**0.5 * 20**0.2 * 90**0.3, 999])
+    np.testing.assert_allclose(pick(np.eye(PRICES)[:1], "log-mean"), [0.5])  # $0 stands for what is below 50 cents
     with pytest.raises(ValueError, match="unknown decoding"):
         pick(p, "best")
-
-
-def test_the_median_has_the_least_expected_absolute_error():
-    p = np.random.default_rng(0).dirichlet(np.full(PRICES, 0.01), size=1)
-    expected = [(p[0] * np.abs(np.arange(PRICES) - guess)).sum() for guess in range(PRICES)]
-    assert int(pick(p, "median")[0]) == int(np.argmin(expected))
 
 
 def test_an_answer_that_leaves_the_tree_is_refused():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pricing.intervals import LEVELS, calibrated_range, central_range, conformal_offset, log_quantiles, widen
+from pricing.intervals import LEVELS, MIDDLE, calibrated_range, central_range, conformal_offset, log_quantiles, widen
 
 
 def test_the_middle_of_a_distribution_by_hand():
@@ -25,6 +25,13 @@ def test_the_middle_of_a_distribution_by_hand():
     np.testing.assert_allclose([low[2], high[2]], [102, 197], atol=1e-6)
     with pytest.raises(ValueError, match="at most 95 %"):
         central_range(log_quantiles(p), 0.96)
+
+
+def test_the_median_has_the_least_expected_absolute_error():
+    p = np.random.default_rng(0).dirichlet(np.full(1000, 0.01), size=5)
+    for row, median in zip(p, np.exp(log_quantiles(p)[:, MIDDLE]), strict=True):
+        expected = [(row * np.abs(np.arange(1000) - guess)).sum() for guess in range(1000)]
+        assert abs(median - int(np.argmin(expected))) <= 0.5
 
 
 def test_offset_by_hand():
