@@ -111,7 +111,10 @@ def forecast(
 
 def members(ckpt: str | Path) -> list[Path]:
     """The checkpoints of a run: itself, and the further ones that `train.py --members` trained"""
-    return [Path(ckpt), *sorted((Path(ckpt) / "members").glob("[0-9]*"), key=lambda path: int(path.name))]
+    found, number = [Path(ckpt)], 1
+    while (path := Path(ckpt) / "members" / str(number)).is_dir():
+        found, number = [*found, path], number + 1
+    return found
 
 
 class Run:
@@ -131,8 +134,9 @@ class Run:
             if any(other.get(key) != self.about.get(key) for key in ("base_model", "prompt", "data", "compute_dtype")):
                 raise ValueError(f"{path} was not trained as {ckpt} was: they are not members of one run")
         self.heads = [open_head(path) if (path / FILE).is_file() else None for path in self.paths]
-        if len({head is None for head in self.heads}) > 1:
-            raise ValueError(f"some members of {ckpt} have a head and some have none; train heads for all or none")
+        without = [path for path, head in zip(self.paths, self.heads, strict=True) if head is None]
+        if without and (self.options.get("head") == "quantile" or len(without) < len(self.paths)):
+            raise ValueError(f"{without[0] / FILE} is missing: the run, or another member of it, has a head")
         self.model, self.tokenizer = load_run(ckpt, self.about, device, dtype)
         self.heads = [head and head.to(device) for head in self.heads]
         self.at = 0  # the member whose adapter is in the model
@@ -176,10 +180,12 @@ class Run:
         parts = [read_held(path) for path in self.paths]
         if any(not np.array_equal(part["price"], parts[0]["price"]) for part in parts):
             raise ValueError(f"the members of {self.paths[0]} were calibrated on different validation items")
-        kinds = [kind for kind in ("digits", "head") if kind in parts[0]]
-        means = [np.mean([part[kind] for part in parts], axis=0) for kind in kinds]
-        known = Forecast(np.zeros((len(parts[0]["price"]), 0)), *means)
-        return known.quantiles(decode), parts[0]["price"]
+        price, kinds = parts[0]["price"], {"head": ["head"], "blend": ["digits", "head"]}.get(decode, ["digits"])
+        if not len(price):
+            return np.zeros((0, len(LEVELS))), price
+        if missing := [path for path, part in zip(self.paths, parts, strict=True) if not set(kinds) <= set(part)]:
+            raise ValueError(f"{missing[0] / HELD} lacks what ranges of {decode} are calibrated by")
+        return np.mean([part[kind] for part in parts for kind in kinds], axis=0), price
 
 
 def mean_of(weighted: list[tuple[Forecast, int]], indices=slice(None)) -> Forecast:
@@ -212,10 +218,14 @@ def read_held(ckpt: str | Path) -> dict[str, np.ndarray]:
     """Raises ValueError where a run has none or the file is damaged."""
     path = Path(ckpt) / HELD
     if not path.is_file():  # trained without validation items
-        return {"price": np.zeros(0), "digits": np.zeros((0, len(LEVELS))), "head": np.zeros((0, len(LEVELS)))}
+        return {"price": np.zeros(0)}
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        found = load_file(path)
+        sizes = {key: (len(found["price"]), len(LEVELS)) for key in found} | {"price": found["price"].shape[:1]}
+        if wrong := [key for key, value in found.items() if value.shape != sizes[key]]:
+            raise ValueError(f"{wrong[0]} is {found[wrong[0]].shape}")
+        return found
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -355,6 +365,9 @@ def train_head(args: argparse.Namespace, recipe: Recipe) -> None:
     items, _, identity = load_items(options["data"], options["size"], options["data_seed"], options["strict"])
     check_same_data(run, identity)
     by_split = {split: [item for item in items if item.split == split] for split in ("train", "val")}
+    by_split["train"] = sample(by_split["train"], options.get("train_items"))
+    if len(members(args.ckpt)) != options.get("members", 1):
+        raise ValueError(f"{args.ckpt} lacks some of its members; go on with train.py --resume --out {args.ckpt}")
     if args.items is not None:
         by_split["train"] = sample(by_split["train"], args.items)
     if not all(by_split.values()):
@@ -368,8 +381,8 @@ def train_head(args: argparse.Namespace, recipe: Recipe) -> None:
         if number:
             load_adapter(model, ckpt)
         held = read_held(ckpt)
-        if len(held["price"]) != len(held_items):
-            raise ValueError(f"{ckpt} was trained with --val-items 0: its price ranges cannot be calibrated")
+        if (Path(ckpt) / FILE).is_file() and load_head(ckpt).settings.get("joint"):
+            print("head       takes the place of the one that was trained with the adapter")
         settings = {"states": args.states, "blocks": blocks, "mean": args.mean, "adapter": adapter_digest(ckpt)}
         started, parts = time.perf_counter(), []
         for chosen in (*by_split.values(), held_items):
@@ -382,7 +395,10 @@ def train_head(args: argparse.Namespace, recipe: Recipe) -> None:
         )
         started = time.perf_counter()
         head = fit_head(joined, states, recipe, device, settings, lambda line: print(f"head       {line}"))
-        write_held(ckpt, held | {"head": head.quantiles(parts[2])})
+        if len(held["price"]) == len(held_items):
+            write_held(ckpt, held | {"head": head.quantiles(parts[2])})
+        else:
+            print(f"head       {ckpt} has no forecasts of its validation items: ranges will not be calibrated")
         print(
             f"head       validation off by ${head.settings['val_mae_dollars']:.2f} on {len(by_split['val']):,} items, "
             f"trained in {time.perf_counter() - started:.1f} s; saved as {save_head(head, ckpt)}"

@@ -8,6 +8,7 @@ Read it downward: options, data, model, LoRA, batches, loop, checkpoint.
 """
 
 import argparse
+import gc
 import json
 import math
 import platform
@@ -52,6 +53,8 @@ from pricing.neighbours import INDEX, build, with_neighbours
 from pricing.prompt import encode_items, load_prompt
 from pricing.sources import load_items
 from quant.linear import BITS
+
+COMPLETE = "state/complete"  # a file in a checkpoint whose run has come to its end: nothing is left to resume
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -130,7 +133,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group.add_argument("--epochs", type=float, default=1.0, help="passes over the training items")
     group.add_argument("--max-steps", type=int, default=None, help="stop after this many optimiser steps")
     group.add_argument(
-        "--max-minutes", type=float, default=None, help="stop after this many minutes; the schedule ends there too"
+        "--max-minutes", type=float, default=None, help="stop after this many minutes, each member; the schedule ends there too"
     )
     group.add_argument(
         "--batch-tokens", type=int, default=1152, help="tokens in a forward pass: whole items packed, no padding"
@@ -142,9 +145,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         "--schedule", default="cosine", choices=["cosine", "linear", "constant"], help="after the warm-up, to 0"
     )
     group.add_argument("--warmup", type=float, default=0.03, help="share of the steps over which the rate rises from 0")
-    group.add_argument("--weight-decay", type=float, default=0.0, help="of the LoRA factors")
+    group.add_argument("--weight-decay", type=float, default=0.0, help="of the LoRA factors and the head")
     group.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    group.add_argument("--seed", type=int, default=0, help="of LoRA's start, dropout and the order of items")
+    group.add_argument("--seed", type=int, default=0, help="of LoRA's and the head's start and the order of items")
     group = parser.add_argument_group("reporting")
     group.add_argument("--val-items", type=int, default=48, help="validation items priced at each check; 0 for none")
     group.add_argument(
@@ -181,6 +184,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     if not 0 <= args.outlier_threshold < math.inf:
         parser.error(f"--outlier-threshold must be 0 (none) or greater, got {args.outlier_threshold}")
+    if args.val_items == 0 and (args.keep == "best" or args.patience):
+        parser.error("--keep best and --patience go by validation items; --val-items 0 leaves none")
     if args.memory_budget and (args.readable or args.dropout):
         parser.error("--memory-budget plans the fast path; leave out --readable and --dropout")
     given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")}
@@ -204,13 +209,19 @@ def learning_rate(progress: float, peak: float, schedule: str, warmup: float) ->
 def main() -> None:
     """Train every member; the first is the checkpoint --out itself, the others lie in its members/."""
     args = parse_arguments()
-    options = vars(args) | (read_run(args.out)["options"] if args.resume else {})
+    # A run from before an option had it off.
+    options = vars(args) | ({"head": "none"} | read_run(args.out)["options"] if args.resume else {})
     for number in range(options["members"]):
         out = Path(args.out, "members", str(number)) if number else Path(args.out)
         chosen = options | {"out": str(out), "device": args.device, "resume": args.resume and out.is_dir()}
+        chosen |= {"seed": options["seed"] + number, "members": 1 if number else options["members"]}
         if options["members"] > 1:
             print(f"member     {number + 1} of {options['members']}")
-        train(argparse.Namespace(**chosen | {"seed": options["seed"] + number}))
+        train(argparse.Namespace(**chosen))
+        gc.collect()  # what one member held, the plan of the next may use
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
     print(f"now run    python evaluate.py --ckpt {args.out}/")
 
 
@@ -219,6 +230,8 @@ def train(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     if args.resume:
         run = read_run(out)
+        if (out / COMPLETE).is_file():
+            return print(f"trained    {run['steps']:,} steps: {out}/ is complete")
     elif out.exists() and not (out / "run.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists and is no earlier run of train.py; choose another name")
     check_writable(out)
@@ -428,7 +441,7 @@ def train(args: argparse.Namespace) -> None:
             if args.patience and len(checks) - 1 - checks.index(min(checks)) >= args.patience:
                 print(f"\nstopped    no better validation error in {args.patience} checks")
                 break
-        if saving and not (args.keep == "best" and min(checks)[1] != step):
+        if saving and (args.keep == "last" or (checks and min(checks)[1] == step)):
             save()
             saved_at = step
     bar.close()
@@ -446,6 +459,7 @@ def train(args: argparse.Namespace) -> None:
         else:
             error, best = min(checks)
             print(f"kept       step {best}, off by ${error:.2f}: the best of {len(checks) + 1} checks")
+    (out / COMPLETE).touch()
     overall = (
         f"{progress['seconds']:,.0f} s, {progress['tokens'] / max(progress['seconds'], 1e-9):,.0f} tokens/s over all"
     )

@@ -13,6 +13,8 @@ their 95 % interval. Written after every row: a run cut short keeps what it meas
 import argparse
 import json
 import os
+import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -31,13 +33,13 @@ from pricing.report import paired_errors
 def options_of(row: list[str]) -> tuple[list[str], list[str] | None, list[str]]:
     """(options of train.py, of pricing.head or None, of evaluate.py)"""
     at = row.index("evaluate") if "evaluate" in row else len(row)
-    begins = row.index("head") if "head" in row else None
-    return row[: at if begins is None else begins], None if begins is None else row[begins + 1 : at], row[at + 1 :]
+    begins = row.index("head") if "head" in row[:at] else at
+    return row[:begins], row[begins + 1 : at] if begins < at else None, row[at + 1 :]
 
 
-def run(*arguments: str, gpu: int | None = None) -> float:
+def run(*arguments: str, gpu: str | None = None) -> float:
     """Seconds that a script took. Raises ValueError with its last line where it failed."""
-    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
+    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     started = time.perf_counter()
     done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -45,7 +47,7 @@ def run(*arguments: str, gpu: int | None = None) -> float:
     return time.perf_counter() - started
 
 
-def measure(out: Path, training: list[str], head: list[str] | None, rows: dict, split: str, gpu: int | None, done):
+def measure(out: Path, training: list[str], head: tuple | None, rows: dict, split: str, gpu: str | None, done):
     """Train once, price for each of `rows`; `done(name, what was measured)` after each."""
     try:
         seconds = run("train.py", *training, "--out", out, gpu=gpu)
@@ -65,12 +67,12 @@ def measure(out: Path, training: list[str], head: list[str] | None, rows: dict, 
             kept = {key: metrics[key] for key in ("mae", "mae_ci95", "median_error", "rmsle", "hits", "ratio")}
             kept |= {key: metrics.get(key) for key in ("coverage", "n", "train_items", "comparison")}
             done(name, kept | {"options": row, "train_seconds": round(seconds, 1)})
-        except ValueError as error:
+        except (ValueError, OSError, KeyError) as error:
             done(name, {"failed": str(error)})
 
 
 def report_of(out: Path, name: str) -> Path:
-    return out / f"report of {name}".replace(" ", "_").replace("/", "_")
+    return out / "reports" / re.sub(r"\W+", "_", name)
 
 
 def main() -> None:
@@ -81,14 +83,18 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, on the GPUs in turn")
     args, common = parser.parse_known_args()  # what is left goes to every train.py
     rows, measured = json.loads(args.rows.read_text()), {}
-    if args.out.exists():
-        raise SystemExit(f"error: {args.out} exists; name another directory")
+    if args.out.exists() or len({report_of(args.out, name) for name in rows}) < len(rows):
+        raise SystemExit(f"error: {args.out} exists already, or two of the rows are named alike but for signs")
     args.out.mkdir(parents=True)
-    first, gpus, lock = next(iter(rows)), torch.cuda.device_count(), threading.Lock()
+    first, lock, free = next(iter(rows)), threading.Lock(), queue.Queue()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    for number in range(args.jobs):  # the GPUs in turn, one place a job
+        gpus = torch.cuda.device_count()
+        free.put((visible[number % gpus] if len(visible) == gpus else str(number % gpus)) if gpus else None)
     groups: dict[tuple, dict] = {}
     for name, row in rows.items():
         training, head, _ = options_of(row)
-        groups.setdefault((tuple(training), head and tuple(head)), {})[name] = row
+        groups.setdefault((tuple(training), None if head is None else tuple(head)), {})[name] = row
 
     def done(name: str, what: dict) -> None:
         with lock:
@@ -100,10 +106,17 @@ def main() -> None:
             (args.out / "table.json").write_text(json.dumps(measured, indent=1) + "\n")
             print(f"{name}: " + (f"${what['mae']:.2f}" if "mae" in what else what["failed"]), flush=True)
 
+    def work(number: int, training: tuple, head: tuple | None, group: dict) -> None:
+        gpu = free.get()
+        try:
+            measure(args.out / f"run{number:02d}", [*common, *training], head, group, args.split, gpu, done)
+        finally:
+            free.put(gpu)
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        for number, ((training, head), group) in enumerate(groups.items()):
-            gpu, out = number % gpus if gpus else None, args.out / f"run{number:02d}"
-            pool.submit(measure, out, [*common, *training], head, group, args.split, gpu, done)
+        waiting = [pool.submit(work, number, *key, group) for number, (key, group) in enumerate(groups.items())]
+    for one in waiting:
+        one.result()  # raises what a row did not expect
     show({name: measured[name] for name in rows if name in measured})
 
 

@@ -17,7 +17,7 @@ the loss flows on into the adapter. To the cross-entropy of digits 99 and 100 ha
 that they are near, and it asks at one token an item for what the digits are asked token by token.
 
 Afterwards (fit_head), the language model is frozen and the vector may join states after several blocks and their means
-over the tokens (states.last_states).
+over the tokens (forecast.last_states).
 
 Quantiles cannot cross. The network gives the median m and 20 numbers g, and from the median outwards
 
@@ -128,7 +128,7 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def quantiles(self, states) -> np.ndarray:
-        """Quantiles of the log price at LEVELS, the mean of the members'.  (n, I) -> (n, 19) float64, log dollars"""
+        """Quantiles of the log price at LEVELS, the mean of the members'.  (n, I) -> (n, 21) float64, log dollars"""
         self.eval()
         parts = [
             torch.stack([member(part) for member in self.members]).double().mean(0)

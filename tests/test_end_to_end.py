@@ -14,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import byte_tokenizer_json, hugging_face_model, tiny_config
 from safetensors.torch import load_file
 
-from evaluate import BLEND
+from evaluate import BLEND, blended
+from forecast import Run, read_held
 from pricing.baselines import BASELINES
 from pricing.items import split_of
 
@@ -87,7 +89,7 @@ def test_checkpoint_is_complete_and_without_pickle(place):
     report = {
         f"report/{n}" for n in ("metrics.json", "predictions.csv", "scatter.png", "comparison.png", "report.html")
     }
-    state = {"state/optimiser.safetensors", "state/progress.json"}
+    state = {"state/optimiser.safetensors", "state/progress.json", "state/complete"}
     files -= report | state
     assert files == {
         "adapter_model.safetensors", "adapter_config.json", "run.json", "metrics.jsonl", "head.safetensors",
@@ -151,7 +153,6 @@ def test_predict_prices_a_text_and_a_file(place):
 def test_merged_weights_give_the_prices_of_the_adapter(place):
     """Logits of the merged directory, in 16 bits, against base in 4 bits plus adapter; and not those of the plain
     base."""
-    import torch
     from conftest import our_model
 
     from llama.attention import Layout
@@ -208,6 +209,7 @@ def test_8_bits_train_resume_evaluate_predict_and_merge(place):
     run("train.py", *common, "--max-steps", "2", "--out", place / "begun8")
     settings = json.loads((place / "begun8" / "run.json").read_text())
     settings["options"]["max_steps"] = 4  # as if it had been stopped after its first checkpoint
+    (place / "begun8" / "state" / "complete").unlink()
     (place / "begun8" / "run.json").write_text(json.dumps(settings))
     run("train.py", "--resume", "--out", place / "begun8")
     ended = [load_file(place / name / "adapter_model.safetensors") for name in ("out8", "begun8")]
@@ -263,6 +265,7 @@ train.main()
     record = json.loads((place / "broken" / "run.json").read_text())
     record["data"]["items"] = 5
     (place / "broken" / "run.json").write_text(json.dumps(record))
+    (place / "broken" / "state" / "complete").unlink()
     _, err = run("train.py", "--resume", "--out", place / "broken", code=2)
     assert "has changed since" in err
 
@@ -344,6 +347,23 @@ def test_data_that_changed_since_training_is_refused(place, tmp_path):
     assert "has changed since" in err
 
 
+def test_the_blend_is_a_weighted_mean_in_log_price():
+    expected = 100**0.65 * 200**0.175 * 50**0.175
+    np.testing.assert_allclose(blended(np.array([100.0]), np.array([200.0]), np.array([50.0])), [expected])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("*.json")))
+def test_every_row_of_the_ablations_is_made_of_options_that_there_are(file):
+    from benchmarks.ablation import options_of
+    from train import parse_arguments
+
+    for name, row in json.loads(file.read_text()).items():
+        training, head, evaluating = options_of(row)
+        parse_arguments(training)
+        assert (head is None) == ("afterwards" not in name)
+        assert not evaluating or evaluating[0] in ("--decode", "--baselines"), name
+
+
 def guesses(ckpt) -> np.ndarray:
     """Of report/predictions.csv: guess, low, high, by id"""
     rows = sorted(csv.DictReader(open(ckpt / "report" / "predictions.csv", newline="")), key=lambda row: row["id"])
@@ -376,10 +396,22 @@ def test_members_are_whole_runs_and_their_forecasts_are_averaged_with_neighbours
         each = [guesses(tmp_path / name)[:, 0] for name in ("first", "one")]
         assert np.abs(each[0] - each[1]).max() > 1
         np.testing.assert_allclose(guesses(tmp_path / "two")[:, 0], np.sqrt(each[0] * each[1]), rtol=1e-3, atol=0.02)
+    two = Run(tmp_path / "two", torch.device("cpu"), torch.float32)
+    heads = [read_held(path) for path in two.paths]
+    np.testing.assert_allclose(two.held("head")[0], (heads[0]["head"] + heads[1]["head"]) / 2)
+    blend = sum(part[kind] for part in heads for kind in ("digits", "head")) / 4
+    np.testing.assert_allclose(two.held("blend")[0], blend)
+    assert np.abs(heads[0]["head"] - heads[1]["head"]).max() > 0.01
+    shutil.move(tmp_path / "two" / "head.safetensors", tmp_path / "away")
+    _, err = run("evaluate.py", "--ckpt", tmp_path / "two", code=2)
+    assert "head.safetensors is missing" in err
+    shutil.move(tmp_path / "away", tmp_path / "two" / "head.safetensors")
     shutil.rmtree(other)
     _, err = run("predict.py", "--ckpt", tmp_path / "two", "gold ring", code=2)
     assert "holds 1 of its 2 members; go on with train.py --resume" in err
-    run("train.py", "--resume", "--out", tmp_path / "two")
+    first = (tmp_path / "two" / "run.json").stat().st_mtime_ns
+    out, _ = run("train.py", "--resume", "--out", tmp_path / "two")
+    assert "two/ is complete" in out and (tmp_path / "two" / "run.json").stat().st_mtime_ns == first
     again = load_file(other / "adapter_model.safetensors")
     assert all((same[0][key] == again[key]).all() for key in again)
     _, err = run("evaluate.py", "--ckpt", tmp_path / "two", "--decode", "greedy", "--items", "3", code=2)

@@ -5,7 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from pricing.intervals import LEVELS, MIDDLE, calibrated_range, central_range, conformal_offset, log_quantiles, widen
+from pricing.intervals import (
+    LEVELS,
+    MIDDLE,
+    calibrated_range,
+    central_range,
+    conformal_offset,
+    cross_calibrated_range,
+    log_quantiles,
+    widen,
+)
 
 
 def test_the_middle_of_a_distribution_by_hand():
@@ -122,3 +131,17 @@ def test_ranges_are_moved_by_what_held_out_forecasts_ask_for():
     assert not calibrated
     np.testing.assert_array_equal([low, high], central_range(quantiles[:3], 0.95))
     assert not calibrated_range(quantiles, 0.8, quantiles[:0], truth[:0])[2]
+
+
+def test_validation_items_are_calibrated_by_their_other_half():
+    """Ranges that are a factor of 3 too narrow, held by 80 % afterwards; by themselves it would be 80 % exactly."""
+    rng = np.random.default_rng(0)
+    centre, spread = rng.normal(4, 0.7, 400), 0.3 * np.array([-1.96, *np.linspace(-1.64, 1.64, 19), 1.96])
+    quantiles, truth = centre[:, None] + spread / 3, np.exp(centre + 0.3 * rng.normal(size=400))
+    low, high, calibrated = cross_calibrated_range(quantiles, 0.8, truth)
+    own = conformal_offset(*central_range(quantiles, 0.8), truth, 0.8)
+    assert calibrated and 0.74 < np.mean((low <= truth) & (truth <= high)) < 0.86
+    by_odd = calibrated_range(quantiles[::2], 0.8, quantiles[1::2], truth[1::2])
+    np.testing.assert_array_equal(low[::2], by_odd[0])
+    assert not np.allclose(low, widen(*central_range(quantiles, 0.8), own)[0])
+    assert not cross_calibrated_range(quantiles[:6], 0.8, truth[:6])[2]

@@ -41,6 +41,13 @@ def test_less_memory_pulls_one_lever_after_the_other():
     assert recompute == sorted(recompute)
 
 
+def test_the_price_head_is_counted_with_what_is_trained():
+    """A number, its gradient, two of AdamW, and twice two bytes for copies in the compute dtype"""
+    config, options = LlamaConfig.from_dict(SHARED | SHAPES["8b"]), dict(bits=4, dtype=torch.bfloat16, rank=32)
+    with_head = Estimate(config, SHAPE, targets="attention", head_numbers=10**6, **options)
+    assert with_head.total(Plan()) - estimate().total(Plan()) == pytest.approx(20e6)
+
+
 def test_8_bits_lie_between_4_and_16_and_count_what_is_stored(tmp_path):
     sizes = [estimate(bits=bits).total(Plan()) for bits in (4, 8, 16)]
     assert sizes[0] + 3 * GIB < sizes[1] < sizes[2] - 5 * GIB
