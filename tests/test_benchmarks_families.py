@@ -21,7 +21,7 @@ from pricer import load_base, open_base, pick_dtype
 from quant.linear import FrozenLinear
 
 ROOT = Path(__file__).parents[1]  # where `python -m benchmarks...` runs
-PARAMETERS = {  # as the models' pages give them
+PARAMETERS = {  # as published; written down from memory, like the shapes
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
     "llama-3.1-8b": 8_030_261_248,
