@@ -137,7 +137,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that directories and processes do not outlive it
     # What is only computed is for a GPU, whatever computes it.
     dtype = torch.bfloat16 if args.computed else pick_dtype("auto", pick_device("auto"))
     options = {"batch": args.batch, "steps": args.steps, "warmup": 3, "rank": None, "alpha": None, "targets": None}
@@ -164,4 +163,5 @@ if __name__ == "__main__":
     if args.show:
         print(show([row for file in args.show for row in json.loads(file.read_text())["rows"]]))
     else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that directories and processes do not outlive it
         run(args)
