@@ -66,7 +66,11 @@ class Estimate:
         absmax = (1 + 4 / 256 if double_quant else 4) / blocksize
         self.layers = config.num_hidden_layers
         scales = 4 * sum(o for o, _ in linears.values())  # of int8 weights
+        biases = config.attention_bias * (q + 2 * kv) + config.output_bias * c + config.mlp_bias * (2 * f + c)
         self.weights = self.layers * {4: block * (0.5 + absmax), 8: block + scales, 16: block * wide}[bits]
+        self.weights += self.layers * 2 * biases  # as in the file: 16 bits
+        norms = (4 if config.post_norms else 2) * c + 2 * config.head_dim * config.qk_norm
+        self.norms = 4 * (self.layers * norms + c)
         self.kept_block = block * wide if bits < 16 else 0
         self.scratch = max((q + 2 * kv) * c, c * q, 2 * f * c, c * f) * wide if bits < 16 else 0
         table = config.vocab_size * c * wide
@@ -96,7 +100,7 @@ class Estimate:
 
     def total(self, plan: Plan) -> float:
         """Peak bytes under a plan"""
-        fixed = self.weights + plan.keep * self.kept_block
+        fixed = self.weights + self.norms + plan.keep * self.kept_block
         fixed += self.scratch if plan.keep < self.layers else 0
         fixed += 0 if plan.host_embed else self.embedding
         fixed += self.head8 if plan.head8 else self.head

@@ -15,7 +15,8 @@ from statistics import median
 
 import torch
 
-from benchmarks.random_model import SHAPES, directory_of
+from benchmarks.random_model import directory_of
+from benchmarks.shapes import SHAPES
 from benchmarks.workload import W8B, random_sequences
 from forecast import Run, forecast, test_prompts
 from memory import Plan, free_memory

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from statistics import mean, median
 
-from benchmarks.random_model import SHAPES, directory_of
+from benchmarks.random_model import directory_of
+from benchmarks.shapes import SHAPES
 from benchmarks.train_speed import measure_alone, settings_of
 from pricing.console import table
 

@@ -55,6 +55,8 @@ def train(args: Namespace, sequences, model, collate, settings: str, autocast: b
     kinds = {type(module).__name__ for module in model.modules()}
     if kinds & {"Linear4bit", "Linear8bitLt"} != {4: {"Linear4bit"}, 8: {"Linear8bitLt"}, 16: set()}[args.bits]:
         raise RuntimeError(f"--bits {args.bits} was not obeyed")  # without bitsandbytes, Unsloth goes on in 16 bits
+    if missing := set(args.targets) - {name.rpartition(".")[2] for name, _ in model.named_modules()}:
+        raise ValueError(f"LoRA on {', '.join(sorted(missing))} cannot be: the model has no such module")  # Phi-3 fuses
     batches = [collate(batch, args.supervised) for batch in sequences]
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
@@ -71,7 +73,7 @@ def train(args: Namespace, sequences, model, collate, settings: str, autocast: b
 
 def peft(args: Namespace, sequences, autocast: bool = False) -> dict:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -79,7 +81,7 @@ def peft(args: Namespace, sequences, autocast: bool = False) -> dict:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    model = LlamaForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         args.model,
         quantization_config={4: nf4, 8: BitsAndBytesConfig(load_in_8bit=True), 16: None}[args.bits],
         dtype=torch.bfloat16,

@@ -7,56 +7,23 @@ The tokenizer spells as Llama 3's does where it matters here: 0 to 999 are singl
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from benchmarks.shapes import SHAPES
 from llama.bpe import LLAMA3
 from llama.config import LlamaConfig
 from llama.model import Llama
+from llama.weights import FUSED
 
-SHARED = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "max_position_embeddings": 131072,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": False,
-}
-SHAPES = {  # what differs from SHARED
-    "8b": dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=14336),
-    "14b": dict(  # Phi-3-medium's, as a Llama
-        hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=10, intermediate_size=17920,
-        vocab_size=32064,
-    ),
-    "3b": dict(
-        hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, intermediate_size=8192, tie_word_embeddings=True
-    ),
-    "smollm2": dict(  # SmolLM2-135M's
-        hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
-        head_dim=64, vocab_size=49152, tie_word_embeddings=True, rope_theta=100000.0, rope_scaling=None,
-        max_position_embeddings=8192,
-    ),
-    "tiny": dict(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=8, intermediate_size=96, head_dim=16, vocab_size=1500
-    ),
-}  # fmt: skip
 SPECIAL = {"eos_token": "<|end_of_text|>", "pad_token": "<|pad|>"}  # named, or Unsloth adds a token and grows the head
 
 
@@ -91,41 +58,61 @@ def toy_tokenizer() -> dict:
     }  # fmt: skip
 
 
-def write(shape: str, out: Path, device: str, seed: int = 0) -> None:
-    """A shard for each layer, one for the rest, and the index."""
-    config = SHARED | SHAPES[shape]
+def tensors_of(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes as the family's files have them: Phi-3's q, k, v as one matrix, and its gate and up"""
     with torch.device("meta"):
-        model = Llama(LlamaConfig.from_dict(config))
-    shards: dict[str, list] = {}
-    for name, parameter in model.named_parameters():
-        shards.setdefault(".".join(name.split(".")[:2]) if name.startswith("layers.") else "rest", []).append(
-            (name, parameter.shape)
-        )
+        shapes = {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
+    for fused, parts in FUSED.items() if config.fused_projections else ():
+        for first in [name for name in shapes if f".{parts[0]}." in name]:
+            rows = [shapes.pop(first.replace(parts[0], part)) for part in parts]
+            shapes[first.replace(parts[0], fused)] = (sum(height for height, _ in rows), rows[0][1])
+    return shapes
+
+
+def write(shape: str, out: Path, device: str, seed: int = 0) -> None:
+    """A shard for each layer, one for the rest, and the index. Several shards at a time: one CPU core fills memory,
+    let alone a disk, more slowly than a GPU draws numbers."""
+    raw = SHAPES[shape]
+    config = LlamaConfig.from_dict(raw)
+    shards: dict[str, dict] = {}
+    for name, size in tensors_of(config).items():
+        shard = ".".join(name.split(".")[:2]) if name.startswith("layers.") else "rest"
+        shards.setdefault(shard, {})[name if name.startswith("lm_head") else f"model.{name}"] = size
     out.mkdir(parents=True)
-    generator = torch.Generator(device).manual_seed(seed)
-    weight_map = {}
-    for number, tensors in enumerate(tqdm(shards.values(), desc=f"writing {out}", unit="shard"), 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        part = {}
-        for name, shape_of in tensors:
-            values = torch.randn(shape_of, generator=generator, device=device) * 0.02
-            key = name if name.startswith("lm_head") else f"model.{name}"
-            part[key] = (values + (len(shape_of) == 1)).to(torch.bfloat16).cpu()  # norms lie around 1
-            weight_map[key] = file
+
+    def write_shard(number: int, sizes: dict) -> dict[str, str]:
+        generator = torch.Generator(device).manual_seed(seed + number)
+        file, part = f"model-{number:05d}-of-{len(shards):05d}.safetensors", {}
+        for key, size in sizes.items():
+            values = torch.randn(size, generator=generator, device=device).mul_(0.02)
+            if "norm" in key and not config.norm_offset:
+                values += 1  # norms lie around 1, which Gemma's files leave out
+            part[key] = values.to(torch.bfloat16).cpu()
         save_file(part, out / file, metadata={"format": "pt"})
+        return dict.fromkeys(part, file)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        parts = pool.map(write_shard, range(1, len(shards) + 1), shards.values())
+        written = list(tqdm(parts, desc=f"writing {out}", unit="shard", total=len(shards)))
+    weight_map = {key: file for part in written for key, file in part.items()}
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (out / "tokenizer.json").write_text(json.dumps(toy_tokenizer()))
     tokenizer = SPECIAL | {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     (out / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    (out / "config.json").write_text(json.dumps(config, indent=2))
+    (out / "config.json").write_text(json.dumps(raw, indent=2))
+
+
+def write_apart(shape: str, out: Path, time_limit: float | None = None) -> None:
+    """`write` in a process of its own, whose GPU memory ends with it. Raises subprocess.SubprocessError."""
+    command = [sys.executable, "-m", "benchmarks.random_model", "--shape", shape, "--out", str(out)]
+    subprocess.run(command, check=True, timeout=time_limit)
 
 
 def directory_of(shape: str) -> Path:
-    """The directory of a shape in the temporary directory, written (in a process of its own) if it is not there."""
+    """The directory of a shape in the temporary directory, written if it is not there."""
     directory = Path(tempfile.gettempdir()) / f"random-{shape}"
     if not directory.exists():
-        command = [sys.executable, "-m", "benchmarks.random_model", "--shape", shape, "--out", str(directory)]
-        subprocess.run(command, check=True)
+        write_apart(shape, directory)
     return directory
 
 

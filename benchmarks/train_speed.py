@@ -28,8 +28,9 @@ from statistics import mean, median
 import torch
 
 from benchmarks.peers import PEERS
-from benchmarks.random_model import SHAPES, directory_of
-from benchmarks.workload import W8B, WORKLOADS, measure, random_sequences
+from benchmarks.random_model import directory_of
+from benchmarks.shapes import SHAPES
+from benchmarks.workload import W8B, WORKLOADS, measure, packing, random_sequences
 from pricing.console import table
 
 PACKAGES = ("torch", "triton", "bitsandbytes", "transformers", "peft", "unsloth", "unsloth_zoo")
@@ -39,8 +40,8 @@ def ours(args: argparse.Namespace, sequences: list[list[list[int]]], readable: b
     """This repository's training step, the very one of train.py; returns what `measure` describes.
 
     `args` holds model (the directory), memory_budget, bits, rank, alpha, targets (names of linears), supervised (tokens
-    at the end of each sequence that carry the loss), shape, batch, steps and warmup. As in train.py, whole sequences
-    are packed into a fixed number of tokens: as many as `batch` sequences have on average, rounded up to 64.
+    at the end of each sequence that carry the loss), shape, batch, steps and warmup. Besides, the row holds
+    loaded_bytes: what loading the quantised model left allocated on the GPU (None on a CPU).
     """
     # Here: a peer's process shall not load our kernels.
     from engine import Step
@@ -48,26 +49,23 @@ def ours(args: argparse.Namespace, sequences: list[list[list[int]]], readable: b
     from lora.optim import FlatFactors, make_optimiser
     from memory import Estimate, Plan, choose, free_memory, parse_bytes
     from pricer import load_base, open_base, peak_memory, pick_device, pick_dtype, speed_up
-    from pricing.batch import batches, pack, shape_of
+    from pricing.batch import batches, pack
     from pricing.decode import PriceTree
     from pricing.loss import AnswerLoss
-    from pricing.prompt import Example
 
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
     config, tokenizer, directory = open_base(str(args.model))
-    pool = random_sequences(WORKLOADS.get(args.shape, W8B), config.vocab_size, 4 * len(sequences), args.batch)
-    pool = [ids for batch in pool for ids in batch]
-    examples = [Example(ids[: -args.supervised], ids[-args.supervised :], 1.0) for ids in pool]
-    tokens = -(-args.batch * sum(map(len, pool)) // len(pool) // 64) * 64
-    shape = shape_of(examples, tokens)
+    examples, shape = packing(args, config.vocab_size)
     plan, targets = Plan(), ",".join(args.targets)
     if not readable:
         estimate = Estimate(config, shape, bits=args.bits, dtype=dtype, rank=args.rank, targets=targets)
         budget = parse_bytes(args.memory_budget) if args.memory_budget else free_memory(device)
         plan, _ = choose(estimate, budget, gpu=device.type == "cuda")
     options = argparse.Namespace(bits=args.bits, blocksize=64, double_quant=True)
+    before = torch.cuda.memory_allocated()  # 0 without a GPU
     model = load_base(config, tokenizer, directory, device, dtype, options, plan)
+    loaded = torch.cuda.memory_allocated() - before if device.type == "cuda" else None
     inject(model, rank=args.rank, alpha=args.alpha, targets=targets)
     factors = FlatFactors(lora_layers(model))
     groups = [] if readable else speed_up(model, plan, shape)
@@ -88,8 +86,8 @@ def ours(args: argparse.Namespace, sequences: list[list[list[int]]], readable: b
         return train_step.outcome[0]
 
     kept = {k: v for k, v in vars(plan).items() if v not in (0, False, "adamw")}
-    row = measure(args, read, step, f"{tokens} tokens, {'readable' if readable else kept or 'graph'}")
-    return row | {"peak_gib": max(row["peak_gib"], recorded)}
+    row = measure(args, read, step, f"{shape.tokens} tokens, {'readable' if readable else kept or 'graph'}")
+    return row | {"peak_gib": max(row["peak_gib"], recorded), "loaded_bytes": loaded}
 
 
 def ours_readable(args: argparse.Namespace, sequences: list[list[list[int]]]) -> dict:
@@ -189,13 +187,10 @@ def settings_of(args: argparse.Namespace, model: Path) -> dict:
     }
 
 
-def run(args: argparse.Namespace) -> None:
-    model = args.model or directory_of(args.shape)
-    if not (model / "config.json").is_file():
-        raise SystemExit(f"error: {model} is no complete model directory; remove it, or name another with --model")
-    settings = settings_of(args, model)
-    report = {
-        "command": shlex.join(["python", "-m", "benchmarks.train_speed", *sys.argv[1:]]),
+def new_report(module: str, settings: dict) -> dict:
+    """What a JSON file says before its rows"""
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "machine": {
             "gpu": None,
             "cpu_cores": os.cpu_count(),
@@ -207,6 +202,14 @@ def run(args: argparse.Namespace) -> None:
         "settings": settings,
         "rows": [],
     }
+
+
+def run(args: argparse.Namespace) -> None:
+    model = args.model or directory_of(args.shape)
+    if not (model / "config.json").is_file():
+        raise SystemExit(f"error: {model} is no complete model directory; remove it, or name another with --model")
+    settings = settings_of(args, model)
+    report = new_report("benchmarks.train_speed", settings)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `measure_alone` can clean up
     for impl, checkpointing in product(args.impl, args.checkpointing):
         print(f"---- {impl}, checkpointing {checkpointing}", file=sys.stderr, flush=True)

@@ -38,6 +38,19 @@ def random_sequences(work: Workload, vocabulary: int, steps: int, batch: int) ->
     return [[torch.randint(vocabulary, (n,), generator=generator).tolist() for n in step] for step in lengths]
 
 
+def packing(args: Namespace, vocabulary: int) -> tuple:
+    """(list of pricing.prompt.Example, pricing.batch.Shape) of `ours`. As in train.py, whole sequences are packed into
+    a fixed number of tokens: as many as `args.batch` sequences have on average, rounded up to 64."""
+    from pricing.batch import shape_of  # here, and not in a peer's process
+    from pricing.prompt import Example
+
+    steps = 4 * (args.warmup + args.steps)
+    pool = random_sequences(WORKLOADS.get(args.shape, W8B), vocabulary, steps, args.batch)
+    pool = [ids for batch in pool for ids in batch]
+    examples = [Example(ids[: -args.supervised], ids[-args.supervised :], 1.0) for ids in pool]
+    return examples, shape_of(examples, -(-args.batch * sum(map(len, pool)) // len(pool) // 64) * 64)
+
+
 def measure(args: Namespace, sequences: list[list[list[int]]], step: Callable[[int], Tensor], settings: str) -> dict:
     """Train on every batch and return what train_speed.py tabulates: the contract of `ours`, `peft`, ... is this dict.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import hugging_face_model, our_model, tiny_config
 
-from benchmarks.random_model import SHAPES, SHARED
+from benchmarks.shapes import SHAPES
 from llama.config import LlamaConfig
 from memory import GIB, Estimate, Plan, choose, free_memory, parse_bytes
 from pricing.batch import Shape
@@ -14,7 +14,7 @@ SHAPE = Shape(2304, 21, 182, 84)
 
 
 def estimate(shape="8b", tokens=SHAPE, targets="attention", bits=4):
-    config = LlamaConfig.from_dict(SHARED | SHAPES[shape])
+    config = LlamaConfig.from_dict(SHAPES[shape])
     return Estimate(config, tokens, bits=bits, dtype=torch.bfloat16, rank=32, targets=targets)
 
 
