@@ -43,7 +43,7 @@ def test_less_memory_pulls_one_lever_after_the_other():
 
 def test_the_price_head_is_counted_with_what_is_trained():
     """A number, its gradient, two of AdamW, and twice two bytes for copies in the compute dtype"""
-    config, options = LlamaConfig.from_dict(SHARED | SHAPES["8b"]), dict(bits=4, dtype=torch.bfloat16, rank=32)
+    config, options = LlamaConfig.from_dict(SHAPES["8b"]), dict(bits=4, dtype=torch.bfloat16, rank=32)
     with_head = Estimate(config, SHAPE, targets="attention", head_numbers=10**6, **options)
     assert with_head.total(Plan()) - estimate().total(Plan()) == pytest.approx(20e6)
 
