@@ -95,7 +95,7 @@ if __name__ == "__main__":
     try:
         print(f"merged {merge(args.ckpt, args.base, args.out)} matrices into {args.out}")
         if (args.ckpt / "members").is_dir() or (args.ckpt / "head.safetensors").is_file():
-            print("the price head and further members are no part of it: it answers in digits, as the first adapter does")
+            print("a price head and further members are no part of it: it answers in digits, as the first adapter does")
     except (ValueError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -9,8 +9,8 @@ how far the true price lies outside the range [low, high], negative where it lie
 and moves both ends outwards by the ceil((n + 1) share)-th smallest score. Where those items and a new one come in no
 particular order (are exchangeable), the new price lies inside with probability at least `share`, and at most
 share + 1 / (n + 1) where no two scores are equal, however wrong the model is. That holds on average over all products,
-not for each kind of them. Validation items that a run chose its weights by (`--keep best`, a head trained afterwards) are a
-little better known than new ones; what that costs in coverage is measured on test items.
+not for each kind of them. Validation items that a run chose its weights by (`--keep best`, a head trained afterwards)
+are a little better known than new ones; what that costs in coverage is measured on test items.
 
 The scores are in log price, not in dollars: errors grow with the price, so the ends move by a factor. An offset in
 dollars that is right for a $500 graphics card would make the range of a $10 cable useless.
