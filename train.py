@@ -133,7 +133,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group.add_argument("--epochs", type=float, default=1.0, help="passes over the training items")
     group.add_argument("--max-steps", type=int, default=None, help="stop after this many optimiser steps")
     group.add_argument(
-        "--max-minutes", type=float, default=None, help="stop after so many minutes (each member); the schedule ends there"
+        "--max-minutes", type=float, default=None, help="stop (each member) after so many minutes"
     )
     group.add_argument(
         "--batch-tokens", type=int, default=1152, help="tokens in a forward pass: whole items packed, no padding"
