@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from forecast import Run, forecast, tree_functions, without_adapter
+from forecast import Run, forecast, forward_tokens, tree_functions, without_adapter
 from lora.checkpoint import write_directory
 from pricer import add_batch_argument, add_model_arguments, check_same_data, pick_device, pick_dtype, run_main
 from pricing.baselines import run_baselines
@@ -78,7 +78,7 @@ def greedy(run: Run, prompts: list[list[int]], batch_tokens: int | None) -> np.n
     if len(run.paths) > 1:
         raise ValueError(f"--decode greedy reads one model's text; {run.paths[0]} has {len(run.paths)} members")
     functions, guesses = tree_functions(run.model, prompts), np.full(len(prompts), np.nan)
-    for indices in by_length(prompts, batch_tokens or (16384 if run.model.device.type == "cuda" else 2048)):
+    for indices in by_length(prompts, forward_tokens(run.model, batch_tokens)):
         guesses[indices] = greedy_prices(*functions, [prompts[i] for i in indices], run.tree)
     return guesses
 

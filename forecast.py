@@ -63,6 +63,11 @@ class Forecast:
         return in_dollars(self.quantiles(decode)[:, MIDDLE])
 
 
+def forward_tokens(model: Llama, asked: int | None) -> int:
+    """`--batch-tokens`, or what is fast where the model is"""
+    return asked or (16384 if model.device.type == "cuda" else 2048)
+
+
 def tree_functions(model: Llama, prompts: list[list[int]]) -> tuple[Callable, Callable]:
     """`prefill` and `extend` for pricing.decode, for any of `prompts`: what all begin with is read once, here."""
     shared = 0
@@ -92,7 +97,7 @@ def forecast(
     last_only = head is not None and head.settings["states"] == "tuned" and not head.settings["mean"]
     last_only = last_only and head.settings["blocks"] == [len(model.layers)]
     states = None if head is None or last_only else head_states(model, prompts, head.settings, batch_tokens)
-    for indices in by_length(prompts, batch_tokens or (16384 if model.device.type == "cuda" else 2048)):
+    for indices in by_length(prompts, forward_tokens(model, batch_tokens)):
         caches = []
 
         def keeping(*args):
@@ -109,11 +114,14 @@ def forecast(
     return found
 
 
-def members(ckpt: str | Path) -> list[Path]:
-    """The checkpoints of a run: itself, and the further ones that `train.py --members` trained"""
+def members(ckpt: str | Path, options: dict) -> list[Path]:
+    """The checkpoints of a run: itself, and the further ones that `train.py --members` trained. Raises ValueError where
+    some are missing."""
     found, number = [Path(ckpt)], 1
     while (path := Path(ckpt) / "members" / str(number)).is_dir():
         found, number = [*found, path], number + 1
+    if len(found) != (asked := options.get("members", 1)):
+        raise ValueError(f"{ckpt} holds {len(found)} of its {asked} members; go on with train.py --resume --out {ckpt}")
     return found
 
 
@@ -125,10 +133,8 @@ class Run:
 
     def __init__(self, ckpt: str | Path, device: torch.device, dtype: torch.dtype):
         self.about = read_run(ckpt)
-        self.options, self.paths = self.about["options"], members(ckpt)
-        if len(self.paths) != self.options.get("members", 1):
-            found, asked = len(self.paths), self.options.get("members", 1)
-            raise ValueError(f"{ckpt} holds {found} of its {asked} members; go on with train.py --resume --out {ckpt}")
+        self.options = self.about["options"]
+        self.paths = members(ckpt, self.options)
         for path in self.paths[1:]:
             other = read_run(path)
             if any(other.get(key) != self.about.get(key) for key in ("base_model", "prompt", "data", "compute_dtype")):
@@ -141,8 +147,7 @@ class Run:
         self.heads = [head and head.to(device) for head in self.heads]
         self.at = 0  # the member whose adapter is in the model
         self.tree = PriceTree.build(self.tokenizer.encode_answer)
-        self.neighbours = self.options.get("neighbours", 0)
-        self.index = Index.load(Path(ckpt) / INDEX) if self.neighbours else None
+        self.index = Index.load(Path(ckpt) / INDEX) if self.options.get("neighbours") else None
 
     def decoding(self, asked: str | None) -> str:
         """What is asked for, or what has the least error in dollars. Raises ValueError where it needs a head."""
@@ -283,7 +288,7 @@ def last_states(
 
     hooks = [model.layers[block - 1].register_forward_hook(keeper(block)) for block in set(blocks) - {last}]
     try:
-        for indices in by_length(prompts, batch_tokens or (16384 if model.device.type == "cuda" else 2048)):
+        for indices in by_length(prompts, forward_tokens(model, batch_tokens)):
             part = [prompts[i] for i in indices]
             layout = Layout.packed([len(prompt) for prompt in part], model.device)
             lengths = torch.tensor([len(prompt) for prompt in part], device=model.device)
@@ -366,8 +371,7 @@ def train_head(args: argparse.Namespace, recipe: Recipe) -> None:
     check_same_data(run, identity)
     by_split = {split: [item for item in items if item.split == split] for split in ("train", "val")}
     by_split["train"] = sample(by_split["train"], options.get("train_items"))
-    if len(members(args.ckpt)) != options.get("members", 1):
-        raise ValueError(f"{args.ckpt} lacks some of its members; go on with train.py --resume --out {args.ckpt}")
+    paths = members(args.ckpt, options)
     if args.items is not None:
         by_split["train"] = sample(by_split["train"], args.items)
     if not all(by_split.values()):
@@ -377,7 +381,7 @@ def train_head(args: argparse.Namespace, recipe: Recipe) -> None:
     blocks = parse_blocks(args.blocks, len(model.layers))
     joined = by_split["train"] + by_split["val"]
     held_items = sample(by_split["val"], MOST_HELD)
-    for number, ckpt in enumerate(members(args.ckpt)):
+    for number, ckpt in enumerate(paths):
         if number:
             load_adapter(model, ckpt)
         held = read_held(ckpt)

@@ -47,12 +47,22 @@ def test_the_flat_vector_moves_as_separate_tensors_do(tiny, name):
 
 def test_pieces_carry_gradients_to_the_flat_vector(tiny):
     plain, fast = lora_model(tiny[1]), lora_model(tiny[1])
-    expected, factors = FlatFactors(lora_layers(plain)), FlatFactors(lora_layers(fast))
+    heads = [torch.nn.Linear(3, 2) for _ in "ab"]  # trained with the factors, behind them in the vector
+    heads[1].load_state_dict(heads[0].state_dict())
+    expected, factors = (
+        FlatFactors(lora_layers(model), list(head.parameters()))
+        for model, head in zip((plain, fast), heads, strict=True)
+    )
     backward(plain)
     groups = group_linears(fast)
     factors.spread(groups, torch.float32)
     backward(fast)
+    for head in heads:
+        head(torch.ones(3)).square().sum().backward()
+    assert expected.parameter.grad[-8:].abs().min() > 0
     torch.testing.assert_close(factors.parameter.grad, expected.parameter.grad, rtol=1e-4, atol=1e-5)
+    factors.parameter.data[-8:] = 0
+    assert not heads[1].weight.any() and heads[0].weight.any()
     factors.gather(groups)
     assert all(group.factors is None for group in groups)
     with torch.no_grad():  # between steps the groups follow the live factors
