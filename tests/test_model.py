@@ -76,23 +76,6 @@ def test_a_poisoned_neighbour_changes_nothing(tiny):
     assert torch.equal(results[0][1], results[1][1])
 
 
-@pytest.mark.parametrize("name", ["llama 3.1, scaled rope", "smollm2, llama 3.2, tied"])
-def test_cached_decoding(name, tmp_path):
-    """Token by token through the cache, prompts of different lengths, against transformers' full forward."""
-    hf, model = hugging_face_model(CONFIGS[name], tmp_path), our_model(tmp_path)
-    prompts = [torch.randint(0, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (90, 5, 31)]
-    steps = torch.randint(0, 300, (3, 4), generator=torch.Generator().manual_seed(9))
-    log_probs, top, cache = model.prefill(prompts, ALL)
-    got = [log_probs]
-    for i in range(4):
-        log_probs, top = model.extend(cache, steps[:, i : i + 1], torch.full((3, 1), i), ALL)
-        got.append(log_probs[:, 0])
-    for row, prompt in enumerate(prompts):
-        logits = hf(torch.tensor([prompt + steps[row].tolist()])).logits[0, len(prompt) - 1 :]
-        close(torch.stack([g[row] for g in got]), logits.log_softmax(-1))
-        assert top[row, 0] == logits[-1].argmax()
-
-
 def test_tree_decoding(tiny):
     """Branches see the prompt, their ancestors and themselves, never each other."""
     hf, directory = tiny
