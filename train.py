@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from engine import Step
-from forecast import MOST_HELD, Forecast, adapter_digest, encode_run, forecast, write_held
+from forecast import MOST_HELD, Forecast, adapter_digest, encode_run, forecast, last_states, write_held
 from lora.adapter import load_adapter, save_adapter
 from lora.checkpoint import check_writable, load_state, save_state, write_directory
 from lora.inject import inject, lora_layers
@@ -55,6 +55,7 @@ from pricing.sources import load_items
 from quant.linear import BITS
 
 COMPLETE = "state/complete"  # a file in a checkpoint whose run has come to its end: nothing is left to resume
+SIZED = 64  # prompts at most whose states say how large what the head reads is
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -289,10 +290,10 @@ def train(args: argparse.Namespace) -> None:
             head = load_head(out).to(device).requires_grad_(True)
         else:
             settings = {"states": "tuned", "blocks": [len(model.layers)], "mean": False, "joint": True}
-            # What the head reads has been through the last norm, so its size is that norm's weights'.
-            size = float(model.norm.weight.square().mean().sqrt())
+            # Some prompts tell how large what it reads is; the last norm's weights do not (Gemma's 54, the states 3.5).
+            states = last_states(model, [e.prompt for e in examples[:: len(examples) // SIZED + 1]], args.batch_tokens)
             prices = np.array([item.price for item in train_items])
-            head = joint_head(prices, config.hidden_size, size, settings, device)
+            head = joint_head(prices, config.hidden_size, float(np.sqrt(np.square(states).mean())), settings, device)
         if not head.settings.get("joint"):
             raise ValueError(f"{out}: its head was trained after the run, which cannot go on with it")
         loss = JointLoss(loss, head, args.head_weight, shape.items)

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer_json, hugging_face_model, tiny_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from evaluate import BLEND, blended
-from forecast import Run, read_held
+from forecast import Run, last_states, read_held, test_prompts
 from pricing.baselines import BASELINES
 from pricing.items import split_of
 
@@ -126,6 +126,25 @@ def test_all_baselines_stand_beside_the_model_and_two_reports_are_compared(place
     run("evaluate.py", "--ckpt", place / "out", "--quiet", "--no-untuned", "--items", "9")
     _, err = run("evaluate.py", "--compare", tmp_path / "median", place / "out" / "report", code=2)
     assert f"priced different items ({metrics['n'] - 9} are only in the first, 0 only" in err and "Traceback" not in err
+
+
+def test_what_the_head_reads_is_about_one_whatever_the_norms_weights(place, tmp_path):
+    """As in Gemma: the last norm's largest weights stand where its inputs are smallest."""
+    shutil.copytree(place / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    half = len(weights["model.norm.weight"]) // 2
+    weights["model.norm.weight"][:half] = 100
+    weights["model.embed_tokens.weight"][:, :half] *= 1e-3
+    for name in weights:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[name][:half] *= 1e-3
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    options = "--lr 1e-9 --max-steps 1 --bits 16 --val-items 0 --max-tokens 120".split()
+    data = "--data", place / "items.jsonl"
+    run("train.py", "--model", tmp_path / "model", *data, "--out", tmp_path / "out", *options)
+    opened = Run(tmp_path / "out", torch.device("cpu"), torch.float32)
+    states = last_states(opened.model, test_prompts(opened, 50), None)
+    assert 0.8 < np.sqrt(np.square(states).mean()) / opened.heads[0].spread.unique().item() < 1.25
 
 
 @pytest.mark.parametrize("decode", ["greedy", "mode", "mean"])
