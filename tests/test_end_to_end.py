@@ -19,9 +19,10 @@ from conftest import byte_tokenizer_json, hugging_face_model, tiny_config
 from safetensors.torch import load_file, save_file
 
 from evaluate import BLEND, blended
-from forecast import Run, last_states, read_held, test_prompts
+from forecast import Run, last_states, read_held
 from pricing.baselines import BASELINES
 from pricing.items import split_of
+from pricing.prompt import encode_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = tempfile.TemporaryDirectory()  # not the user's
@@ -143,7 +144,8 @@ def test_what_the_head_reads_is_about_one_whatever_the_norms_weights(place, tmp_
     data = "--data", place / "items.jsonl"
     run("train.py", "--model", tmp_path / "model", *data, "--out", tmp_path / "out", *options)
     opened = Run(tmp_path / "out", torch.device("cpu"), torch.float32)
-    states = last_states(opened.model, test_prompts(opened, 50), None)
+    prompts = [encode_prompt(title, opened.tokenizer, 120) for title in ("tin ring", "gold", "brass 7, silver 8")]
+    states = last_states(opened.model, prompts, None)
     assert 0.8 < np.sqrt(np.square(states).mean()) / opened.heads[0].spread.unique().item() < 1.25
 
 
