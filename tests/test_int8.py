@@ -423,14 +423,15 @@ def test_merging_adds_to_the_dequantised_weight():
     assert not torch.equal(merged, (weight + SCALING * (lora_B @ lora_A)).bfloat16())
 
 
+@pytest.mark.parametrize("dtype, most", [(FP32, 0.005), (BF16, 0.02)])
 @pytest.mark.parametrize("plan", [Plan(), Plan(keep=1), Plan(recompute=1)])
-def test_a_model_of_groups_equals_the_readable_one(tmp_path, plan):
-    """float32, so that rounding moves few inputs to the next code: outlier columns left in cost 1 %"""
+def test_a_model_of_groups_equals_the_readable_one(tmp_path, plan, dtype, most):
+    """In float32 rounding moves few inputs to the next code: outlier columns left in would cost 1 %."""
     hugging_face_model(tiny_config(attention_bias=True), tmp_path / "m")
     results = []
     for fast in (False, True):
         torch.manual_seed(0)
-        model = our_model(tmp_path / "m", bits=8, outlier_threshold=2.0).to(DEVICE)
+        model = our_model(tmp_path / "m", bits=8, dtype=dtype, outlier_threshold=2.0).to(DEVICE)
         model.frequency = model.frequency.to(DEVICE)
         inject(model, rank=R, alpha=8)
         for layer in lora_layers(model).values():
@@ -441,7 +442,7 @@ def test_a_model_of_groups_equals_the_readable_one(tmp_path, plan):
         logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE))
         results.append([logits.detach()] + [layer.lora_A.grad for layer in lora_layers(model).values()])
     for fast, plain in zip(*results, strict=True):
-        assert (fast - plain).norm() < 0.005 * plain.norm()
+        assert (fast - plain).norm() < most * plain.norm()
 
 
 def test_smollm2_loses_less_in_8_bits_than_in_4(smollm2_directory):
