@@ -423,26 +423,34 @@ def test_merging_adds_to_the_dequantised_weight():
     assert not torch.equal(merged, (weight + SCALING * (lora_B @ lora_A)).bfloat16())
 
 
-@pytest.mark.parametrize("dtype, most", [(FP32, 0.005), (BF16, 0.02)])
+def logits_and_gradients(directory, dtype, plan=None):
+    """A model of tiny size in 8 bits, readable, or with a `plan` in groups: its logits, the gradient of each lora_A"""
+    torch.manual_seed(0)
+    model = our_model(directory, bits=8, dtype=dtype, outlier_threshold=2.0).to(DEVICE)
+    model.frequency = model.frequency.to(DEVICE)
+    inject(model, rank=R, alpha=8)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    if plan is not None:
+        assert speed_up(model, plan, argparse.Namespace(tokens=40))
+    logits = model(torch.arange(40, device=DEVICE), Layout.packed([25, 15], DEVICE))
+    logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE))
+    return [logits.detach()] + [layer.lora_A.grad for layer in lora_layers(model).values()]
+
+
+def errors(results, truth):
+    return torch.stack([(result - true).norm() / true.norm() for result, true in zip(results, truth, strict=True)])
+
+
 @pytest.mark.parametrize("plan", [Plan(), Plan(keep=1), Plan(recompute=1)])
-def test_a_model_of_groups_equals_the_readable_one(tmp_path, plan, dtype, most):
-    """In float32 rounding moves few inputs to the next code: outlier columns left in would cost 1 %."""
+def test_a_model_of_groups_equals_the_readable_one(tmp_path, plan):
+    """In float32 rounding moves few inputs to the next code: outlier columns left in would cost 1 %. In bfloat16 the
+    two round differently, each 1 to 5 % from float32: the fast one may not be further from it than the readable one."""
     hugging_face_model(tiny_config(attention_bias=True), tmp_path / "m")
-    results = []
-    for fast in (False, True):
-        torch.manual_seed(0)
-        model = our_model(tmp_path / "m", bits=8, dtype=dtype, outlier_threshold=2.0).to(DEVICE)
-        model.frequency = model.frequency.to(DEVICE)
-        inject(model, rank=R, alpha=8)
-        for layer in lora_layers(model).values():
-            torch.nn.init.normal_(layer.lora_B, std=0.1)
-        if fast:
-            assert speed_up(model, plan, argparse.Namespace(tokens=40))
-        logits = model(torch.arange(40, device=DEVICE), Layout.packed([25, 15], DEVICE))
-        logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE))
-        results.append([logits.detach()] + [layer.lora_A.grad for layer in lora_layers(model).values()])
-    for fast, plain in zip(*results, strict=True):
-        assert (fast - plain).norm() < most * plain.norm()
+    exact = logits_and_gradients(tmp_path / "m", FP32)
+    assert errors(logits_and_gradients(tmp_path / "m", FP32, plan), exact).max() < 0.005
+    readable, fast = (errors(logits_and_gradients(tmp_path / "m", BF16, p), exact) for p in (None, plan))
+    assert fast.mean() < 1.2 * readable.mean() and (fast < 2 * readable).all(), (fast, readable)
 
 
 def test_smollm2_loses_less_in_8_bits_than_in_4(smollm2_directory):
