@@ -55,6 +55,7 @@ class AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, delta, weight, eps, dtype):
         (rows, size), add = x.shape, delta is not None
+        x, delta = x.contiguous(), delta.contiguous() if add else None  # a lone kv head is a slice of q, k, v
         total = torch.empty_like(x) if add else x
         normed, rstd = torch.empty_like(x, dtype=dtype), x.new_empty(rows, dtype=torch.float32)
         block = triton.next_power_of_2(size)
@@ -111,6 +112,7 @@ class GLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate_up, gelu):
+        gate_up = gate_up.contiguous()
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, size)
         glu_forward[(rows, triton.cdiv(size, 1024))](gate_up, out, size, GELU=gelu, BLOCK=1024)

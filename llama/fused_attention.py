@@ -188,6 +188,8 @@ class PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, edges: Tensor, longest: int, kv_heads, head_dim, scores):
+        if not qkv.is_contiguous():  # it is turned where it lies
+            raise ValueError("q, k, v must lie in memory without gaps: call contiguous()")
         heads = qkv.shape[1] // head_dim - 2 * kv_heads
         exact = qkv.dtype == torch.float32
         tile = 32 if exact or head_dim > 128 else 64  # Gemma's 256 numbers a head would spill registers at 64

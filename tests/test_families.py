@@ -40,6 +40,15 @@ LONG = {
 }
 PHI = {k: v for k, v in SHARED.items() if k != "head_dim"} | {"hidden_act": "silu", "pad_token_id": 0}  # C / H = 12
 ALTERNATING = ["full_attention", "sliding_attention", "sliding_attention"]
+GEMMA3 = GEMMA | {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 7,  # the sixth alone sees everything
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 500.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 4.0},  # as from 4B on
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+}
 FAMILIES = {
     "llama 3.1": tiny_config(rope_scaling=LLAMA31_ROPE, attention_bias=True, mlp_bias=True),
     "smollm2, llama 3.2": tiny_config(tie_word_embeddings=True, rope_theta=1e5),
@@ -51,16 +60,8 @@ FAMILIES = {
     "qwen3": SHARED | {"model_type": "qwen3", "hidden_act": "silu", "rope_theta": 1e6},
     "gemma2": GEMMA
     | {"model_type": "gemma2", "num_hidden_layers": 3, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
-    "gemma3": GEMMA
-    | {
-        "model_type": "gemma3_text",
-        "num_hidden_layers": 7,  # the sixth alone sees everything
-        "rope_theta": 1e6,
-        "rope_local_base_freq": 500.0,
-        "rope_scaling": {"rope_type": "linear", "factor": 4.0},  # as from 4B on
-        "final_logit_softcapping": None,
-        "attn_logit_softcapping": None,
-    },
+    "gemma3": GEMMA3,
+    "gemma3, 270M and 1B": GEMMA3 | {"num_key_value_heads": 1, "rope_scaling": None},
     "phi3, 4k": PHI | {"model_type": "phi3", "sliding_window": 15, "head_dim": 16},
     "phi3, 128k": PHI
     | {

@@ -119,6 +119,28 @@ def test_norm_of_heads_that_are_no_residual(dtype):
 
 
 @kernels
+@pytest.mark.parametrize("name, inputs", [("add_norm", 1), ("add_norm", 2), ("swiglu", 1), ("geglu", 1)])
+def test_rows_with_gaps_between_them(name, inputs):
+    """What the pieces read may be a slice, as a lone kv head's keys are one of q, k, v."""
+    from llama.fused import FUSED
+
+    results = []
+    for pieces in (PIECES, FUSED):
+        torch.manual_seed(0)
+        wide = [torch.randn(7, 96, device=DEVICE, requires_grad=True) for _ in range(inputs)]
+        given = [x[:, 32:64] for x in wide]
+        if name == "add_norm":
+            extra = [None] * (2 - inputs) + [torch.rand(32, device=DEVICE), 1e-5, torch.float32]
+            out = pieces[name](*given, *extra)[1]
+        else:
+            out = pieces[name](*given)
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE))
+        results.append([out, *(x.grad for x in wide)])
+    for plain, fused in zip(*results, strict=True):
+        close(fused, plain)
+
+
+@kernels
 @pytest.mark.parametrize("name", ["plain", "fused"])
 def test_a_poisoned_neighbour_moves_nothing(name):
     """Items lie side by side in memory: NaN in one must reach no other, forward or backward."""
