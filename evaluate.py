@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from forecast import Run, forecast, forward_tokens, tree_functions, without_adapter
+from forecast import Run, forecast, tree_functions
 from lora.checkpoint import write_directory
-from pricer import add_batch_argument, add_model_arguments, check_same_data, pick_device, pick_dtype, run_main
+from options import add_batch_argument, add_model_arguments
+from pricer import check_same_data, pick_device, pick_dtype, run_main
 from pricing.baselines import run_baselines
 from pricing.batch import by_length
 from pricing.catalogue import least_error
@@ -29,6 +30,7 @@ from pricing.leaks import leaks
 from pricing.metrics import colour, paired_difference, score
 from pricing.report import compare_reports, comparison_table, write_report
 from pricing.sources import load_items
+from states import forward_tokens, without_adapter
 
 BLEND = "fine-tuned, blended with forest and network"
 BLENDED = ("random forest", "residual network")

@@ -9,12 +9,8 @@ by the head, or by several members of a run, are averaged quantile by quantile i
 """
 
 import argparse
-import hashlib
-import json
 import os
-import tempfile
 import time
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -23,12 +19,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from tqdm import tqdm
 
-from llama.attention import Layout
 from llama.model import Llama
 from lora.adapter import load_adapter
-from lora.inject import lora_layers
 from pricer import check_same_data, load_run, pick_device, pick_dtype, read_run
 from pricing.batch import by_length
 from pricing.decode import PriceTree, price_distribution
@@ -38,6 +31,7 @@ from pricing.items import Item, sample
 from pricing.neighbours import INDEX, Index, with_neighbours
 from pricing.prompt import encode_prompt
 from pricing.sources import load_items
+from states import adapter_digest, forward_tokens, head_states, kept_states
 
 HELD = "validation.safetensors"  # a run's own forecasts of its validation items
 MOST_HELD = 1000  # validation items that price ranges are calibrated on: then a share is right within 1.3 %
@@ -61,11 +55,6 @@ class Forecast:
         """The price of least expected absolute error of each item: by all there is, or by `decode`  # (n,) dollars"""
         decode = decode or ("median" if self.head is None else "blend")
         return in_dollars(self.quantiles(decode)[:, MIDDLE])
-
-
-def forward_tokens(model: Llama, asked: int | None) -> int:
-    """`--batch-tokens`, or what is fast where the model is"""
-    return asked or (16384 if model.device.type == "cuda" else 2048)
 
 
 def tree_functions(model: Llama, prompts: list[list[int]]) -> tuple[Callable, Callable]:
@@ -240,106 +229,6 @@ def test_prompts(run: Run, count: int | None = None) -> list[list[int]]:
     loaded, _, identity = load_items(options["data"], options["size"], options["data_seed"], options["strict"])
     check_same_data(run.about, identity)
     return run.prompts(sample([item for item in loaded if item.split == "test"], count))
-
-
-@contextmanager
-def without_adapter(model: Llama):
-    """The base model, bit for bit, while this lasts: B = 0."""
-    layers = lora_layers(model).values()
-    kept = [layer.lora_B.detach().clone() for layer in layers]
-    try:
-        for layer in layers:
-            layer.lora_B.data.zero_()
-        yield
-    finally:
-        for layer, lora_B in zip(layers, kept, strict=True):
-            layer.lora_B.data.copy_(lora_B)
-
-
-@torch.no_grad()
-def last_states(
-    model: Llama, prompts: list[list[int]], batch_tokens: int | None, blocks=None, mean: bool = False, on_batch=None
-) -> np.ndarray:
-    """The residual stream at the last token of each prompt (items, C) float32, in order; batched by length.
-
-    `blocks`: after these, from 1 to the number of blocks L, which is normed as the head reads it (the default), one
-    vector after the other (items, len(blocks) C): what transformers calls hidden_states[block]. With `mean`, each is
-    followed by its mean over the prompt's tokens. `on_batch(indices)` after each batch. Raises ValueError for a block
-    that is not there.
-    """
-    last = len(model.layers)
-    blocks = [last] if blocks is None else list(blocks)
-    if not blocks or any(not 1 <= block <= last for block in blocks):
-        raise ValueError(f"the model has the blocks 1 to {last}, asked for {', '.join(map(str, blocks)) or 'none'}")
-    width = model.config.hidden_size * (2 if mean else 1)
-    result = np.zeros((len(prompts), len(blocks) * width), np.float32)
-    taken: dict[int, torch.Tensor] = {}
-
-    def reduce(stream: torch.Tensor) -> torch.Tensor:  # (N, C) -> (B, C) or (B, 2C)
-        rows = stream.index_select(0, layout.last)
-        # A sum by segment: index_add_ would add in another order each time on a GPU.
-        return torch.cat([rows, torch.segment_reduce(stream, "mean", lengths=lengths)], 1) if mean else rows
-
-    def keeper(block: int):
-        def keep(module, args, output):
-            taken[block] = reduce((output[0] + output[1]).float())
-
-        return keep
-
-    hooks = [model.layers[block - 1].register_forward_hook(keeper(block)) for block in set(blocks) - {last}]
-    try:
-        for indices in by_length(prompts, forward_tokens(model, batch_tokens)):
-            part = [prompts[i] for i in indices]
-            layout = Layout.packed([len(prompt) for prompt in part], model.device)
-            lengths = torch.tensor([len(prompt) for prompt in part], device=model.device)
-            tokens = torch.tensor([token for prompt in part for token in prompt], device=model.device)  # (N,)
-            if mean:
-                taken[last] = reduce(model.hidden_states(tokens, layout))
-            else:
-                taken[last] = model.hidden_states(tokens, layout, at=layout.last)
-            result[indices] = torch.cat([taken[block] for block in blocks], dim=1).cpu().numpy()
-            if on_batch:
-                on_batch(indices)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return result
-
-
-def adapter_digest(ckpt: str | Path) -> str:
-    return hashlib.sha256((Path(ckpt) / "adapter_model.safetensors").read_bytes()).hexdigest()
-
-
-def head_states(model: Llama, prompts: list[list[int]], settings: dict, batch_tokens: int | None) -> np.ndarray:
-    """What a head with `settings` (states, blocks, mean) reads of each prompt (items, I) float32."""
-    passes = {"tuned": [nullcontext], "untuned": [without_adapter], "both": [nullcontext, without_adapter]}
-    passes, parts = passes[settings["states"]], []
-    with tqdm(total=len(passes) * len(prompts), desc="states", unit="item", leave=False) as bar:
-        for context in passes:
-            with context(model):
-                options = settings["blocks"], settings["mean"], lambda indices: bar.update(len(indices))
-                parts.append(last_states(model, prompts, batch_tokens, *options))
-    return np.concatenate(parts, axis=1)
-
-
-def kept_states(ckpt: str | Path, run: dict, model: Llama, prompts: list, settings: dict, batch_tokens) -> np.ndarray:
-    """head_states, kept in the checkpoint's states/ under a hash of all that decides them: adapter, base, precision,
-    which states, token ids."""
-    keys = ("bits", "blocksize", "double_quant", "outlier_threshold")
-    which = [settings[key] for key in ("states", "blocks", "mean")]
-    precision = [str(model.compute_dtype), model.device.type, [run["options"].get(key) for key in keys]]
-    identity = [run.get("base_model"), adapter_digest(ckpt), precision, which, prompts]
-    path = Path(ckpt) / "states" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.safetensors"
-    try:
-        return load_file(path)["states"]
-    except (OSError, SafetensorError, KeyError):  # not there, or damaged: computed again
-        pass
-    states = head_states(model, prompts, settings, batch_tokens)
-    path.parent.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".states-", delete=False) as part:
-        save_file({"states": states}, part.name)
-    os.replace(part.name, path)
-    return states
 
 
 def open_head(ckpt: str | Path) -> Head:

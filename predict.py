@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from forecast import Run
-from pricer import add_batch_argument, add_model_arguments, pick_device, pick_dtype, run_main
+from options import add_batch_argument, add_model_arguments
+from pricer import pick_device, pick_dtype, run_main
 from pricing.intervals import SHARES, calibrated_range
 from pricing.items import Item, read_rows, text_of
 

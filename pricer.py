@@ -67,26 +67,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if any(able.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
 
 
-def add_model_arguments(parser) -> None:
-    """The options that say where and in which precision a model runs."""
-    group = parser.add_argument_group("hardware")
-    group.add_argument(
-        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: a GPU if there is one"
-    )
-    group.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", *DTYPES],
-        help="compute dtype of the linears (default: what is fast)",
-    )
-
-
-def add_batch_argument(parser) -> None:
-    parser.add_argument(
-        "--batch-tokens", type=int, default=None, help="tokens in a forward pass (16,384 on a GPU, 2,048 on a CPU)"
-    )
-
-
 def open_base(model_name: str) -> tuple[LlamaConfig, Tokenizer, Path]:
     """What is known before any weight is read."""
     directory = resolve_model(model_name)

@@ -4,7 +4,7 @@
     python train.py --bits 4 --data pc-parts                                                   real products
     python train.py --bits 4 --model meta-llama/Llama-3.1-8B --data items.jsonl --lr 1e-4      your own, on a GPU
 
-Read it downward: options, data, model, LoRA, batches, loop, checkpoint.
+Read it downward: data, batches, model, LoRA, loop, checkpoint. Its options are in options.py.
 """
 
 import argparse
@@ -23,14 +23,14 @@ import torch
 from tqdm import tqdm
 
 from engine import Step
-from forecast import MOST_HELD, Forecast, adapter_digest, encode_run, forecast, last_states, write_held
+from forecast import MOST_HELD, Forecast, encode_run, forecast, write_held
 from lora.adapter import load_adapter, save_adapter
 from lora.checkpoint import check_writable, load_state, save_state, write_directory
 from lora.inject import inject, lora_layers
-from lora.optim import OPTIMISERS, FlatFactors, make_optimiser
+from lora.optim import FlatFactors, make_optimiser
 from memory import Estimate, Plan, choose, free_memory, parse_bytes
+from options import training_options
 from pricer import (
-    add_model_arguments,
     check_same_data,
     load_base,
     memory_report,
@@ -48,155 +48,14 @@ from pricing.console import show_example
 from pricing.decode import PriceTree
 from pricing.head import JointLoss, joint_head, joint_numbers, load_head, save_head
 from pricing.items import Item, sample
-from pricing.loss import CRPS_SCALES, LOSSES, AnswerLoss
+from pricing.loss import AnswerLoss
 from pricing.neighbours import INDEX, build, with_neighbours
 from pricing.prompt import encode_items, load_prompt
 from pricing.sources import load_items
-from quant.linear import BITS
+from states import adapter_digest, last_states
 
 COMPLETE = "state/complete"  # a file in a checkpoint whose run has come to its end: nothing is left to resume
 SIZED = 64  # prompts at most whose states say how large what the head reads is
-
-
-def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", default="smollm2", help="smollm2, gemma3-270m, a directory, a .gguf file or a hub id")
-    group.add_argument("--bits", type=int, default=4, choices=BITS, help="4: NF4; 8: LLM.int8(); 16: not quantised")
-    group.add_argument(
-        "--blocksize", type=int, default=64, choices=[64, 128, 256, 512], help="weights that share one absmax"
-    )
-    group.add_argument(
-        "--double-quant", action=argparse.BooleanOptionalAction, default=True, help="absmax in 8 bits too"
-    )
-    group.add_argument(
-        "--outlier-threshold",
-        type=float,
-        default=6.0,
-        help="8 bits: columns of a layer's input with a value this large stay in the compute dtype; 0 for none",
-    )
-    group = parser.add_argument_group("LoRA")
-    group.add_argument("--rank", type=int, default=16, help="width of the trained product")
-    group.add_argument("--alpha", type=float, default=32.0, help="scaling is alpha / rank")
-    group.add_argument("--dropout", type=float, default=0.0, help="share of the LoRA branch's inputs set to 0")
-    group.add_argument("--rslora", action="store_true", help="scaling is alpha / sqrt(rank)")
-    group.add_argument("--targets", default="all-linear", help="all-linear, attention, or names joined by commas")
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data", default="catalogue", help="catalogue, pc-parts, a .jsonl/.csv/.parquet file or a hub data set"
-    )
-    group.add_argument("--size", type=int, default=3600, help="items the catalogue makes, all splits together")
-    group.add_argument("--data-seed", type=int, default=0, help="the catalogue's seed")
-    group.add_argument("--train-items", type=int, default=None, help="learn from a fixed sample of so many")
-    group.add_argument("--prompt", default="first", help="first, second, compact, or a text file with {text} in it")
-    group.add_argument("--max-tokens", type=int, default=176, help="tokens of the prompt; longer texts are cut")
-    group.add_argument(
-        "--neighbours", type=int, default=0, metavar="K",
-        help="name the prices of the K most similar training items in the prompt",
-    )  # fmt: skip
-    group.add_argument("--strict", action="store_true", help="a bad row is an error instead of a count")
-    group = parser.add_argument_group("training")
-    group.add_argument(
-        "--loss",
-        default="answer",
-        choices=LOSSES,
-        help="answer: plain cross-entropy; price: without the .00; crps: price and the CRPS of its distribution; "
-        "soft: near prices count as nearly right",
-    )
-    group.add_argument(
-        "--soft-width",
-        type=float,
-        default=0.1,
-        help="relative width of the soft loss's neighbourhood of the true price",
-    )
-    group.add_argument(
-        "--crps-weight",
-        type=float,
-        default=1.0,
-        help="nats for each unit of an item's CRPS (see --crps-scale; in dollars it is some 100 times larger)",
-    )
-    group.add_argument(
-        "--crps-scale", default="log", choices=CRPS_SCALES, help="unit of the CRPS: ln price, or dollars"
-    )
-    group.add_argument(
-        "--head", default="quantile", choices=["none", "quantile"],
-        help="quantile: train a small network with the adapter that reads price quantiles off the last token's state",
-    )  # fmt: skip
-    group.add_argument(
-        "--head-weight", type=float, default=50.0,
-        help="nats for each unit of an item's pinball loss, in standard deviations of log price",
-    )  # fmt: skip
-    group.add_argument(
-        "--members", type=int, default=1, help="train so many adapters, from one seed after the other; averaged"
-    )
-    group.add_argument("--epochs", type=float, default=1.0, help="passes over the training items")
-    group.add_argument("--max-steps", type=int, default=None, help="stop after this many optimiser steps")
-    group.add_argument(
-        "--max-minutes", type=float, default=None, help="stop (each member) after so many minutes"
-    )
-    group.add_argument(
-        "--batch-tokens", type=int, default=1152, help="tokens in a forward pass: whole items packed, no padding"
-    )
-    group.add_argument("--accumulate", type=int, default=1, help="forward passes in an optimiser step")
-    group.add_argument("--optimiser", default="adamw", choices=OPTIMISERS, help="sgd has momentum 0.9")
-    group.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (8B models: 1e-4)")
-    group.add_argument(
-        "--schedule", default="cosine", choices=["cosine", "linear", "constant"], help="after the warm-up, to 0"
-    )
-    group.add_argument("--warmup", type=float, default=0.03, help="share of the steps over which the rate rises from 0")
-    group.add_argument("--weight-decay", type=float, default=0.0, help="of the LoRA factors and the head")
-    group.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    group.add_argument("--seed", type=int, default=0, help="of LoRA's and the head's start and the order of items")
-    group = parser.add_argument_group("reporting")
-    group.add_argument("--val-items", type=int, default=48, help="validation items priced at each check; 0 for none")
-    group.add_argument(
-        "--val-every", "--eval-every", type=int, default=None, help="steps between checks (default: half of the run)"
-    )
-    group.add_argument(
-        "--patience", type=int, default=None, help="stop after so many checks without a better validation error"
-    )
-    group.add_argument(
-        "--keep", default="last", choices=["last", "best"], help="the weights that --out holds at the end"
-    )
-    group.add_argument("--log-every", type=int, default=1, help="steps between lines of metrics.jsonl")
-    group.add_argument(
-        "--save-every", type=int, default=None, help="steps between checkpoints (default: only at the end)"
-    )
-    group.add_argument("--out", default="out", help="checkpoint directory; an earlier run in it is replaced")
-    group.add_argument("--resume", action="store_true", help="go on from --out, with the options it was started with")
-    add_model_arguments(parser)
-    group = parser.add_argument_group("speed and memory")
-    group.add_argument(
-        "--memory-budget", default=None, metavar="6GiB", help="most that training may allocate (default: what is free)"
-    )
-    group.add_argument(
-        "--graph", default="auto", choices=["auto", "off"], help="record a step once and replay it, on a GPU"
-    )
-    group.add_argument(
-        "--readable", action="store_true", help="the plain path of quant/linear.py: no kernels, groups or graph"
-    )
-    args = parser.parse_args(argv)
-    least_values = dict(size=1, max_tokens=1, batch_tokens=1, accumulate=1, log_every=1, val_items=0, warmup=0)
-    least_values |= dict(members=1, neighbours=0)
-    for name, least in least_values.items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    if not 0 <= args.outlier_threshold < math.inf:
-        parser.error(f"--outlier-threshold must be 0 (none) or greater, got {args.outlier_threshold}")
-    if args.val_items == 0 and (args.keep == "best" or args.patience):
-        parser.error("--keep best and --patience go by validation items; --val-items 0 leaves none")
-    if args.memory_budget and (args.readable or args.dropout):
-        parser.error("--memory-budget plans the fast path; leave out --readable and --dropout")
-    given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")}
-    if args.resume and (others := given - {"--resume", "--out", "--device"}):
-        parser.error(f"--resume goes on with the options of the first start; leave out {', '.join(sorted(others))}")
-    above_zero = ("epochs", "lr", "clip", "soft_width", "crps_weight", "head_weight", "max_minutes", "max_steps")
-    for name in (*above_zero, "val_every", "save_every", "patience", "train_items"):
-        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
-    return args
 
 
 def learning_rate(progress: float, peak: float, schedule: str, warmup: float) -> float:
@@ -209,7 +68,7 @@ def learning_rate(progress: float, peak: float, schedule: str, warmup: float) ->
 
 def main() -> None:
     """Train every member; the first is the checkpoint --out itself, the others lie in its members/."""
-    args = parse_arguments()
+    args = training_options()
     # A run from before an option had it off.
     options = vars(args) | ({"head": "none"} | read_run(args.out)["options"] if args.resume else {})
     for number in range(options["members"]):

@@ -17,7 +17,7 @@ the loss flows on into the adapter. To the cross-entropy of digits 99 and 100 ha
 that they are near, and it asks at one token an item for what the digits are asked token by token.
 
 Afterwards (fit_head), the language model is frozen and the vector may join states after several blocks and their means
-over the tokens (forecast.last_states).
+over the tokens (states.last_states).
 
 Quantiles cannot cross. The network gives the median m and 20 numbers g, and from the median outwards
 
@@ -309,7 +309,7 @@ def load_head(directory: str | Path) -> Head:
 
 
 def parse_arguments() -> argparse.Namespace:
-    from pricer import add_batch_argument, add_model_arguments
+    from options import add_batch_argument, add_model_arguments
 
     parser = argparse.ArgumentParser(
         prog="python -m pricing.head",

@@ -19,10 +19,11 @@ from conftest import byte_tokenizer_json, hugging_face_model, tiny_config
 from safetensors.torch import load_file, save_file
 
 from evaluate import BLEND, blended
-from forecast import Run, last_states, read_held
+from forecast import Run, read_held
 from pricing.baselines import BASELINES
 from pricing.items import split_of
 from pricing.prompt import encode_prompt
+from states import last_states
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = tempfile.TemporaryDirectory()  # not the user's
@@ -376,11 +377,11 @@ def test_the_blend_is_a_weighted_mean_in_log_price():
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("*.json")))
 def test_every_row_of_the_ablations_is_made_of_options_that_there_are(file):
     from benchmarks.ablation import options_of
-    from train import parse_arguments
+    from options import training_options
 
     for name, row in json.loads(file.read_text()).items():
         training, head, evaluating = options_of(row)
-        parse_arguments(training)
+        training_options(training)
         assert (head is None) == ("afterwards" not in name)
         assert not evaluating or evaluating[0] in ("--decode", "--baselines"), name
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_end_to_end import run
 
-from forecast import forecast, head_states, kept_states, last_states, open_head, without_adapter
+from forecast import forecast, open_head
 from pricing.batch import Shape, pack
 from pricing.decode import PriceTree
 from pricing.head import (
@@ -33,6 +33,7 @@ from pricing.head import (
 from pricing.intervals import LEVELS, MIDDLE, central_range, in_dollars
 from pricing.items import Item
 from pricing.prompt import Example
+from states import head_states, kept_states, last_states, without_adapter
 
 SMALL = Recipe(width=32, members=2, epochs=12, dropout=0.0, lr=3e-3)
 

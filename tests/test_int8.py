@@ -216,10 +216,10 @@ def test_wrong_dtypes_and_thresholds_are_refused_in_one_line():
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf"])
 def test_train_refuses_a_threshold_that_is_none(value, capsys):
-    from train import parse_arguments
+    from options import training_options
 
     with pytest.raises(SystemExit):
-        parse_arguments(["--bits", "8", f"--outlier-threshold={value}"])
+        training_options(["--bits", "8", f"--outlier-threshold={value}"])
     assert "--outlier-threshold must be 0 (none) or greater" in capsys.readouterr().err
 
 

@@ -11,12 +11,12 @@ from engine import Step
 from llama.attention import Layout
 from lora.inject import inject, lora_layers
 from lora.optim import FlatFactors, make_optimiser
+from options import training_options
 from pricing.batch import pack, shape_of
 from pricing.console import show_example
 from pricing.decode import PRICES, PriceTree, price_distribution
 from pricing.loss import CRPS_SCALES, LOSSES, AnswerLoss, crps_weights
 from pricing.prompt import Example
-from train import parse_arguments
 
 
 def example(price, encode=digits, prompt=(5, 6)):
@@ -396,8 +396,8 @@ def test_senseless_choices_are_refused(capsys):
         AnswerLoss("best", PriceTree.build(digits), 0.1, "cpu")
     with pytest.raises(ValueError, match="unknown scale"):
         crps_weights("euros")
-    assert parse_arguments(["--loss", "crps", "--crps-weight", "3", "--crps-scale", "dollars"]).crps_weight == 3
+    assert training_options(["--loss", "crps", "--crps-weight", "3", "--crps-scale", "dollars"]).crps_weight == 3
     for words in (["--crps-weight", "0"], ["--crps-weight", "nan"], ["--crps-scale", "euros"], ["--loss", "best"]):
         with pytest.raises(SystemExit):
-            parse_arguments(words)
+            training_options(words)
         assert words[0] in capsys.readouterr().err

@@ -90,8 +90,8 @@ def test_free_memory_is_part_of_the_machine():
 
 @pytest.mark.parametrize("other", [["--readable"], ["--dropout", "0.1"]])
 def test_a_budget_that_nothing_would_keep_is_refused(other, capsys):
-    from train import parse_arguments
+    from options import training_options
 
     with pytest.raises(SystemExit) as stopped:
-        parse_arguments(["--memory-budget", "6GiB", *other])
+        training_options(["--memory-budget", "6GiB", *other])
     assert stopped.value.code == 2 and "leave out --readable and --dropout" in capsys.readouterr().err
