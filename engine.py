@@ -25,9 +25,10 @@ class Feed:
         self.on_device = {k: torch.as_tensor(v).to(device, copy=True) for k, v in arrays.items()}
         pinned = device.type == "cuda"
         self.hosts = [
-            {k: torch.empty_like(t, device="cpu", pin_memory=pinned) for k, t in self.on_device.items()} for _ in "ab"
+            {k: torch.empty_like(t, device="cpu", pin_memory=pinned) for k, t in self.on_device.items()}
+            for _ in range(2)
         ]
-        self.sent = [torch.cuda.Event() for _ in "ab"] if pinned else None
+        self.sent = [torch.cuda.Event() for _ in range(2)] if pinned else None
         self.turn = 0
 
     def push(self, arrays: dict[str, np.ndarray]) -> None:
@@ -57,7 +58,7 @@ class Step:
         initialise(optimiser, factors.parameter)
         arrays = self.unpack(pack([], shape))
         self.feeds = [Feed(arrays, self.device) for _ in range(accumulate)]
-        self.rows = [shape.sequences] * accumulate  # of the attention's grid; a recorded step has no grid
+        self.rows = [shape.sequences] * accumulate  # of the readable attention's grid (slots); the kernels have edges
         # rate, 1 / supervised tokens, and whether to leave the weights alone whatever comes out
         self.scalars = Feed({"rate": np.float32(0), "weight": np.float32(1), "idle": np.float32(1)}, self.device)
         self.outcome = torch.zeros(2, device=self.device)  # loss in nats a supervised token, norm of the gradient
@@ -132,7 +133,7 @@ class Clock:
     """Seconds of device time from its making to `stop`; reading them waits for the device."""
 
     def __init__(self, device: torch.device):
-        self.events = [torch.cuda.Event(enable_timing=True) for _ in "ab"] if device.type == "cuda" else None
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else None
         self.times = [time.perf_counter()]
         if self.events:
             self.events[0].record()

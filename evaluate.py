@@ -18,17 +18,17 @@ from tqdm import tqdm
 from forecast import Run, forecast, tree_functions
 from lora.checkpoint import write_directory
 from options import add_batch_argument, add_model_arguments
-from pricer import check_same_data, pick_device, pick_dtype, run_main
+from pricer import pick_device, pick_dtype, run_items, run_main
 from pricing.baselines import run_baselines
 from pricing.batch import by_length
 from pricing.catalogue import least_error
 from pricing.console import show_guess, table
 from pricing.decode import PICKS, greedy_prices, pick
 from pricing.intervals import SHARES, calibrated_range, cross_calibrated_range
-from pricing.items import MIN_PRICE, normalise_title, sample
+from pricing.items import MIN_PRICE, Item, normalise_title, sample
 from pricing.leaks import leaks
 from pricing.metrics import colour, paired_difference, score
-from pricing.report import compare_reports, comparison_table, write_report
+from pricing.report import compare_reports, comparison_table, headline, write_report
 from pricing.sources import load_items
 from states import forward_tokens, without_adapter
 
@@ -91,16 +91,10 @@ def blended(guess: np.ndarray, forest: np.ndarray, network: np.ndarray) -> np.nd
     return np.exp(sum(weight * np.log(np.maximum(part, MIN_PRICE)) for part, weight in parts))
 
 
-def main() -> None:
-    args = parse_arguments()
-    if args.compare:
-        return print(compare_reports(*args.compare))
-    device = pick_device(args.device)
-    run = Run(args.ckpt, device, pick_dtype(args.dtype, device))
-    options = run.options
-    items, _, identity = load_items(options["data"], options["size"], options["data_seed"], options["strict"])
-    check_same_data(run.about, identity)
-    train = sample([item for item in items if item.split == "train"], options.get("train_items"))
+def items_of(args: argparse.Namespace, run: Run) -> tuple[list[Item], list[Item]]:
+    """What the run was trained on, and what it is asked to price: nothing of the former"""
+    items, options = run_items(run.about), run.options
+    train = sample([item for item in items if item.split == "train"], options["train_items"])
     if args.data:  # priced by the same run and the same baselines, which know its own training items only
         items, skipped, _ = load_items(args.data, options["size"], options["data_seed"])
         print(f"data       {args.data}: {len(items):,} items" + (f"; left out: {skipped}" if skipped.counts else ""))
@@ -113,7 +107,16 @@ def main() -> None:
         print(f"data       {len(trained):,} items left out: the run was trained on the same texts")
         if not test:
             raise ValueError(f"{args.data or options['data']}: all items of the {args.split} split were trained on")
-    test = sample(test, args.items)
+    return train, sample(test, args.items)
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.compare:
+        return print(compare_reports(*args.compare))
+    device = pick_device(args.device)
+    run = Run(args.ckpt, device, pick_dtype(args.dtype, device))
+    train, test = items_of(args, run)
     truth, categories = np.array([item.price for item in test]), [item.category for item in test]
     prompts = run.prompts(test)
     constant, fallback = float(np.mean([i.price for i in train])), float(np.median([i.price for i in train]))
@@ -192,6 +195,7 @@ def main() -> None:
     by = {"head": "the head's median", "blend": "the medians of head and distribution, blended"}
     by = by.get(decode, f"{decode} of the distribution over whole dollars")
     by += f", mean of {len(run.paths)} members" if len(run.paths) > 1 else ""
+    options = run.options
     about = (
         f"{options['model']}, {options['bits']} bits, LoRA rank {options['rank']} on {options['targets']}, "
         f"{run.about['steps']:,} steps on {len(train):,} items of {options['data']}; {by}; "
@@ -201,23 +205,7 @@ def main() -> None:
     with write_directory(out) as part:
         write_report(part, metrics, test, guess, interval, comparison, about)
     print(table(*comparison_table(comparison)))
-    lowest, highest = metrics["mae_ci95"]
-    print(
-        f"\n{len(test):,} held-out items in {seconds:.1f} s: off by ${metrics['mae']:.2f} on average "
-        f"(95 % interval ${lowest:.2f} to ${highest:.2f}), {metrics['ratio']:.0%} of the constant's "
-        f"${metrics['constant_mae']:.2f}; {metrics['coverage']:.1%} inside the {share:.0%} range"
-    )
-    if leaked:
-        without = metrics["leaks"]["mae_without"]
-        others = "" if without is None else f", the others by ${without:.2f}"
-        print(
-            f"{len(leaked) / len(test):.0%} of them have a near-duplicate in training (0.8 of their word pairs): "
-            f"off by ${metrics['leaks']['mae_with']:.2f}{others}"
-        )
-    if "least_mae" in metrics:
-        print(f"the least reachable error on these items is ${metrics['least_mae']:.2f}: the catalogue's own noise")
-    if failures:
-        print(f"{failures} answers were no price; they count as ${fallback:.0f}, the median training price")
+    print(headline(metrics, fallback))
     print(f"report in {out}/report.html")
 
 

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from llama.model import Llama
 from lora.adapter import load_adapter
-from pricer import check_same_data, load_run, pick_device, pick_dtype, read_run
+from pricer import load_run, pick_device, pick_dtype, read_run, run_items
 from pricing.batch import by_length
 from pricing.decode import PriceTree, price_distribution
 from pricing.head import FILE, Head, Recipe, fit_head, load_head, save_head
@@ -30,7 +30,6 @@ from pricing.intervals import LEVELS, MIDDLE, in_dollars, log_quantiles
 from pricing.items import Item, sample
 from pricing.neighbours import INDEX, Index, with_neighbours
 from pricing.prompt import encode_prompt
-from pricing.sources import load_items
 from states import adapter_digest, forward_tokens, head_states, kept_states
 
 HELD = "validation.safetensors"  # a run's own forecasts of its validation items
@@ -109,7 +108,7 @@ def members(ckpt: str | Path, options: dict) -> list[Path]:
     found, number = [Path(ckpt)], 1
     while (path := Path(ckpt) / "members" / str(number)).is_dir():
         found, number = [*found, path], number + 1
-    if len(found) != (asked := options.get("members", 1)):
+    if len(found) != (asked := options["members"]):
         raise ValueError(f"{ckpt} holds {len(found)} of its {asked} members; go on with train.py --resume --out {ckpt}")
     return found
 
@@ -130,13 +129,13 @@ class Run:
                 raise ValueError(f"{path} was not trained as {ckpt} was: they are not members of one run")
         self.heads = [open_head(path) if (path / FILE).is_file() else None for path in self.paths]
         without = [path for path, head in zip(self.paths, self.heads, strict=True) if head is None]
-        if without and (self.options.get("head") == "quantile" or len(without) < len(self.paths)):
+        if without and (self.options["head"] == "quantile" or len(without) < len(self.paths)):
             raise ValueError(f"{without[0] / FILE} is missing: the run, or another member of it, has a head")
         self.model, self.tokenizer = load_run(ckpt, self.about, device, dtype)
         self.heads = [head and head.to(device) for head in self.heads]
         self.at = 0  # the member whose adapter is in the model
         self.tree = PriceTree.build(self.tokenizer.encode_answer)
-        self.index = Index.load(Path(ckpt) / INDEX) if self.options.get("neighbours") else None
+        self.index = Index.load(Path(ckpt) / INDEX) if self.options["neighbours"] else None
 
     def decoding(self, asked: str | None) -> str:
         """What is asked for, or what has the least error in dollars. Raises ValueError where it needs a head."""
@@ -194,7 +193,7 @@ def mean_of(weighted: list[tuple[Forecast, int]], indices=slice(None)) -> Foreca
 
 def encode_run(items: list[Item], tokenizer, options: dict, prompt: str, index: Index | None) -> list[list[int]]:
     """The prompts of items as a run reads them: its template, its token limit, its neighbours"""
-    templates = with_neighbours(items, prompt, index, options.get("neighbours", 0))
+    templates = with_neighbours(items, prompt, index, options["neighbours"])
     return [
         encode_prompt(item.text, tokenizer, options["max_tokens"], template)
         for item, template in zip(items, templates, strict=True)
@@ -225,10 +224,7 @@ def read_held(ckpt: str | Path) -> dict[str, np.ndarray]:
 
 def test_prompts(run: Run, count: int | None = None) -> list[list[int]]:
     """The prompts of a run's own test items, or of a fixed sample of so many"""
-    options = run.options
-    loaded, _, identity = load_items(options["data"], options["size"], options["data_seed"], options["strict"])
-    check_same_data(run.about, identity)
-    return run.prompts(sample([item for item in loaded if item.split == "test"], count))
+    return run.prompts(sample([item for item in run_items(run.about) if item.split == "test"], count))
 
 
 def open_head(ckpt: str | Path) -> Head:
@@ -256,17 +252,16 @@ def train_head(args: argparse.Namespace, recipe: Recipe) -> None:
     """What `python -m pricing.head` does: states of the run's training and validation items, a head on them."""
     run = read_run(args.ckpt)
     options, device = run["options"], pick_device(args.device)
-    items, _, identity = load_items(options["data"], options["size"], options["data_seed"], options["strict"])
-    check_same_data(run, identity)
+    items = run_items(run)
     by_split = {split: [item for item in items if item.split == split] for split in ("train", "val")}
-    by_split["train"] = sample(by_split["train"], options.get("train_items"))
+    by_split["train"] = sample(by_split["train"], options["train_items"])
     paths = members(args.ckpt, options)
     if args.items is not None:
         by_split["train"] = sample(by_split["train"], args.items)
     if not all(by_split.values()):
         raise ValueError(f"{options['data']}: a head needs training and validation items")
     model, tokenizer = load_run(args.ckpt, run, device, pick_dtype(args.dtype, device))
-    index = Index.load(Path(args.ckpt) / INDEX) if options.get("neighbours") else None
+    index = Index.load(Path(args.ckpt) / INDEX) if options["neighbours"] else None
     blocks = parse_blocks(args.blocks, len(model.layers))
     joined = by_split["train"] + by_split["val"]
     held_items = sample(by_split["val"], MOST_HELD)

@@ -166,6 +166,14 @@ def choose(estimate: Estimate, budget: int, optimiser: str = "adamw", gpu: bool 
     return plan, reasons
 
 
+def plan_for(
+    config, shape: Shape, device: torch.device, budget: str | None = None, optimiser: str = "adamw", **options
+) -> tuple[Plan, list[str]]:
+    """`choose` for a budget such as "6GiB", or for what is free on the device. `options` are Estimate's."""
+    size = parse_bytes(budget) if budget else free_memory(device)
+    return choose(Estimate(config, shape, **options), size, optimiser, gpu=device.type == "cuda")
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that a run may use: nine tenths of what is free on the GPU, or of the host's available memory"""
     if device.type == "cuda":

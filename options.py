@@ -1,6 +1,6 @@
 """What the scripts can be told: all of train.py's options, and those that it shares with evaluate.py and predict.py.
 
-    python train.py --help
+python train.py --help
 """
 
 import argparse
@@ -9,7 +9,8 @@ import sys
 
 from lora.optim import OPTIMISERS
 from pricer import DTYPES
-from pricing.loss import CRPS_SCALES, LOSSES
+from pricing.crps import CRPS_SCALES
+from pricing.loss import LOSSES
 from quant.linear import BITS
 
 
@@ -110,9 +111,7 @@ def training_options(argv=None) -> argparse.Namespace:
     )
     group.add_argument("--epochs", type=float, default=1.0, help="passes over the training items")
     group.add_argument("--max-steps", type=int, default=None, help="stop after this many optimiser steps")
-    group.add_argument(
-        "--max-minutes", type=float, default=None, help="stop (each member) after so many minutes"
-    )
+    group.add_argument("--max-minutes", type=float, default=None, help="stop (each member) after so many minutes")
     group.add_argument(
         "--batch-tokens", type=int, default=1152, help="tokens in a forward pass: whole items packed, no padding"
     )

@@ -1,5 +1,5 @@
-"""Where the rooms meet: what train.py, evaluate.py and predict.py share. `llama/`, `quant/`, `lora/` and `pricing/`
-do not know each other; here a directory becomes a quantised model. forecast.py makes prices of it.
+"""Where the rooms meet: what train.py, evaluate.py and predict.py share. Here a directory becomes a quantised model:
+`llama/` and `pricing/` know neither each other nor `quant/` and `lora/`. forecast.py makes prices of it.
 """
 
 import argparse
@@ -22,10 +22,14 @@ from llama.weights import load_weights
 from lora.adapter import load_adapter
 from memory import Plan, Recompute, free_memory
 from pricing.batch import Shape
+from pricing.items import Item
+from pricing.sources import load_items
 from quant.fast import Group, HostEmbedding, group_linears, triton
 from quant.int8 import quantise_weight
 from quant.linear import FrozenLinear, LinearInt8, quantise_linear
 
+# What a run of before an option did, which its run.json does not say.
+OLDER = {"head": "none", "members": 1, "neighbours": 0, "train_items": None, "outlier_threshold": 6.0}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GIB = 1 << 30
 
@@ -87,7 +91,7 @@ def load_base(config, tokenizer, directory, device, dtype, options, plan: Plan =
         return quantise_linear(
             weight, bias, bits=options.bits, dtype=dtype, blocksize=options.blocksize,
             double_quant=options.double_quant,
-            outlier_threshold=getattr(options, "outlier_threshold", 6.0),  # runs from before 8 bits have none
+            outlier_threshold=options.outlier_threshold,
         )  # fmt: skip
 
     how = {4: "quantising to NF4", 8: "quantising to int8", 16: "loading in 16 bits"}[options.bits]
@@ -140,7 +144,7 @@ def read_run(ckpt: str | Path) -> dict:
         missing = {"model", "bits", "blocksize", "double_quant", "data", "size", "max_tokens"} - set(run["options"])
         if missing or not {"prompt", "data", "steps"} <= set(run):
             raise KeyError(", ".join(sorted(missing)))
-        return run
+        return run | {"options": OLDER | run["options"]}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or of another version: {error!r}") from None
 
@@ -151,6 +155,14 @@ def check_same_data(run: dict, identity: dict) -> None:
         raise ValueError(
             f"{identity['data']} has changed since the run was trained on it: its splits cannot be trusted"
         )
+
+
+def run_items(run: dict) -> list[Item]:
+    """All items of a run's data. Raises ValueError where they have changed."""
+    options = run["options"]
+    items, _, identity = load_items(options["data"], options["size"], options["data_seed"], options["strict"])
+    check_same_data(run, identity)
+    return items
 
 
 def load_run(ckpt: str | Path, run: dict, device, dtype) -> tuple:

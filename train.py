@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from engine import Step
 from forecast import MOST_HELD, Forecast, encode_run, forecast, write_held
+from llama.model import Llama
 from lora.adapter import load_adapter, save_adapter
 from lora.checkpoint import check_writable, load_state, save_state, write_directory
 from lora.inject import inject, lora_layers
 from lora.optim import FlatFactors, make_optimiser
-from memory import Estimate, Plan, choose, free_memory, parse_bytes
+from memory import Plan, plan_for
 from options import training_options
 from pricer import (
     check_same_data,
@@ -46,11 +47,11 @@ from pricer import (
 from pricing.batch import batches, count_batches, pack, shape_of
 from pricing.console import show_example
 from pricing.decode import PriceTree
-from pricing.head import JointLoss, joint_head, joint_numbers, load_head, save_head
+from pricing.head import Head, JointLoss, joint_head, joint_numbers, load_head, save_head
 from pricing.items import Item, sample
 from pricing.loss import AnswerLoss
 from pricing.neighbours import INDEX, build, with_neighbours
-from pricing.prompt import encode_items, load_prompt
+from pricing.prompt import Example, encode_items, load_prompt
 from pricing.sources import load_items
 from states import adapter_digest, last_states
 
@@ -66,11 +67,19 @@ def learning_rate(progress: float, peak: float, schedule: str, warmup: float) ->
     return peak * {"cosine": 0.5 * (1 + math.cos(math.pi * rest)), "linear": 1 - rest, "constant": 1.0}[schedule]
 
 
+def new_head(model: Llama, examples: list[Example], batch_tokens: int) -> Head:
+    """A price head for the last token's state, to be trained with the adapter. Some prompts' states tell how large what
+    it reads is; the last norm's weights do not (in Gemma they are 54, the states 3.5)."""
+    settings = {"states": "tuned", "blocks": [len(model.layers)], "mean": False, "joint": True}
+    states = last_states(model, [e.prompt for e in examples[:: len(examples) // SIZED + 1]], batch_tokens)
+    size, prices = float(np.sqrt(np.square(states).mean())), np.array([e.price for e in examples])
+    return joint_head(prices, model.config.hidden_size, size, settings, model.device)
+
+
 def main() -> None:
     """Train every member; the first is the checkpoint --out itself, the others lie in its members/."""
     args = training_options()
-    # A run from before an option had it off.
-    options = vars(args) | ({"head": "none"} | read_run(args.out)["options"] if args.resume else {})
+    options = vars(args) | (read_run(args.out)["options"] if args.resume else {})
     for number in range(options["members"]):
         out = Path(args.out, "members", str(number)) if number else Path(args.out)
         chosen = options | {"out": str(out), "device": args.device, "resume": args.resume and out.is_dir()}
@@ -126,18 +135,15 @@ def train(args: argparse.Namespace) -> None:
 
     # ---- model: each linear is quantised as it is read, then freeze and inject -------------------------------------
     started = time.perf_counter()
-    graph = device.type == "cuda" and args.graph == "auto"
-    if args.readable or args.dropout:
-        trades, reasons = Plan(optimiser=args.optimiser), []
-    else:
-        estimate = Estimate(
-            config, shape, bits=args.bits, dtype=dtype, rank=args.rank, targets=args.targets,
-            blocksize=args.blocksize, double_quant=args.double_quant,
+    fast = not (args.readable or args.dropout)
+    plan, reasons = Plan(optimiser=args.optimiser), []
+    if fast:
+        plan, reasons = plan_for(
+            config, shape, device, args.memory_budget, args.optimiser, bits=args.bits, dtype=dtype, rank=args.rank,
+            targets=args.targets, blocksize=args.blocksize, double_quant=args.double_quant,
             head_numbers=joint_numbers(config.hidden_size) if args.head == "quantile" else 0,
         )  # fmt: skip
-        budget = parse_bytes(args.memory_budget) if args.memory_budget else free_memory(device)
-        trades, reasons = choose(estimate, budget, args.optimiser, gpu=device.type == "cuda")
-    model = load_base(config, tokenizer, directory, device, dtype, args, trades)
+    model = load_base(config, tokenizer, directory, device, dtype, args, plan)
     if args.resume:
         load_adapter(model, out)
     else:
@@ -148,17 +154,13 @@ def train(args: argparse.Namespace) -> None:
         if args.resume:
             head = load_head(out).to(device).requires_grad_(True)
         else:
-            settings = {"states": "tuned", "blocks": [len(model.layers)], "mean": False, "joint": True}
-            # Some prompts tell how large what it reads is; the last norm's weights do not (Gemma's 54, the states 3.5).
-            states = last_states(model, [e.prompt for e in examples[:: len(examples) // SIZED + 1]], args.batch_tokens)
-            prices = np.array([item.price for item in train_items])
-            head = joint_head(prices, config.hidden_size, float(np.sqrt(np.square(states).mean())), settings, device)
+            head = new_head(model, examples, args.batch_tokens)
         if not head.settings.get("joint"):
             raise ValueError(f"{out}: its head was trained after the run, which cannot go on with it")
         loss = JointLoss(loss, head, args.head_weight, shape.items)
     factors = FlatFactors(lora_layers(model), list(head.parameters()) if head else [])
-    optimiser = make_optimiser(trades.optimiser, factors.parameter, args.lr, args.weight_decay)
-    groups = [] if args.readable or args.dropout else speed_up(model, trades, shape)
+    optimiser = make_optimiser(plan.optimiser, factors.parameter, args.lr, args.weight_decay)
+    groups = speed_up(model, plan, shape) if fast else []
     loaded = f"loaded in {time.perf_counter() - started:.1f} s, peak {peak_memory(device):.2f} GiB"
 
     # ---- steps -----------------------------------------------------------------------------------------------------
@@ -175,7 +177,7 @@ def train(args: argparse.Namespace) -> None:
     stream = islice(batches(examples, shape, args.seed, start=done), max(0, forward_passes - done))
     train_step = Step(
         model, loss, factors, optimiser, groups, shape, accumulate=args.accumulate, clip=args.clip,
-        graph=graph and bool(groups),
+        graph=bool(groups) and device.type == "cuda" and args.graph == "auto",
     )  # fmt: skip
 
     # ---- the truth, before anything is trained ---------------------------------------------------------------------
@@ -244,6 +246,13 @@ def train(args: argparse.Namespace) -> None:
         model.train()
         return float(np.abs(found.median() - truth).mean()), found, truth
 
+    def check() -> bool:
+        """Price the validation items with the weights of now, and note it. Are they the best so far?"""
+        error, *_ = validate(val_items)
+        metrics.append({"step": step, "val_mae_dollars": error})
+        checks.append((error, step))
+        return min(checks)[1] == step
+
     def report(number: int, rate: float, real_tokens: int, outcome) -> None:
         """Read what a step gave (waiting for it), and write it down"""
         nonlocal bad_steps
@@ -293,11 +302,8 @@ def train(args: argparse.Namespace) -> None:
             report(*queued)
             queued = None
         if checking:
-            error, *_ = validate(val_items)
-            dollars = f", off by ${error:.2f} on {len(val_items)} validation items"
-            metrics.append({"step": step, "val_mae_dollars": error})
-            checks.append((error, step))
-            saving |= args.keep == "best" and min(checks)[1] == step
+            saving |= check() and args.keep == "best"
+            dollars = f", off by ${checks[-1][0]:.2f} on {len(val_items)} validation items"
             if args.patience and len(checks) - 1 - checks.index(min(checks)) >= args.patience:
                 print(f"\nstopped    no better validation error in {args.patience} checks")
                 break
@@ -307,18 +313,16 @@ def train(args: argparse.Namespace) -> None:
     bar.close()
 
     if saved_at != step:  # a resumed run that was complete already has nothing to add
-        better = True
         if val_items:
-            error, *_ = validate(val_items)
-            metrics.append({"step": step, "val_mae_dollars": error})
-            better = args.keep == "last" or not checks or error < min(checks)[0]
-            print(f"validation off by ${error:.2f} on {len(val_items)} items")
-        if better:
+            if not checks or checks[-1][1] != step:
+                check()
+            print(f"validation off by ${checks[-1][0]:.2f} on {len(val_items)} items")
+        if args.keep == "last" or min(checks)[1] == step:
             progress["seconds"] = time.perf_counter() - began
             save()
         else:
             error, best = min(checks)
-            print(f"kept       step {best}, off by ${error:.2f}: the best of {len(checks) + 1} checks")
+            print(f"kept       step {best}, off by ${error:.2f}: the best of {len(checks)} checks")
     (out / COMPLETE).touch()
     overall = (
         f"{progress['seconds']:,.0f} s, {progress['tokens'] / max(progress['seconds'], 1e-9):,.0f} tokens/s over all"

@@ -43,7 +43,7 @@ def main() -> None:
         prompts, price = test_prompts(run, args.items), run.forecast
     else:
         config, tokenizer, directory = open_base(str(directory_of(args.shape)))
-        options = argparse.Namespace(bits=4, blocksize=64, double_quant=True)
+        options = argparse.Namespace(bits=4, blocksize=64, double_quant=True, outlier_threshold=6.0)
         model = load_base(config, tokenizer, directory, device, dtype, options).eval()
         speed_up(model, Plan(keep=config.num_hidden_layers) if free_memory(device) > 40 << 30 else Plan())
         (prompts,) = random_sequences(W8B, config.vocab_size, 1, args.items)

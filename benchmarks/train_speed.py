@@ -47,7 +47,7 @@ def ours(args: argparse.Namespace, sequences: list[list[list[int]]], readable: b
     from engine import Step
     from lora.inject import inject, lora_layers
     from lora.optim import FlatFactors, make_optimiser
-    from memory import Estimate, Plan, choose, free_memory, parse_bytes
+    from memory import Plan, plan_for
     from pricer import load_base, open_base, peak_memory, pick_device, pick_dtype, speed_up
     from pricing.batch import batches, pack
     from pricing.decode import PriceTree
@@ -59,10 +59,9 @@ def ours(args: argparse.Namespace, sequences: list[list[list[int]]], readable: b
     examples, shape = packing(args, config.vocab_size)
     plan, targets = Plan(), ",".join(args.targets)
     if not readable:
-        estimate = Estimate(config, shape, bits=args.bits, dtype=dtype, rank=args.rank, targets=targets)
-        budget = parse_bytes(args.memory_budget) if args.memory_budget else free_memory(device)
-        plan, _ = choose(estimate, budget, gpu=device.type == "cuda")
-    options = argparse.Namespace(bits=args.bits, blocksize=64, double_quant=True)
+        options = {"bits": args.bits, "dtype": dtype, "rank": args.rank, "targets": targets}
+        plan, _ = plan_for(config, shape, device, args.memory_budget, **options)
+    options = argparse.Namespace(bits=args.bits, blocksize=64, double_quant=True, outlier_threshold=6.0)
     before = torch.cuda.memory_allocated()  # 0 without a GPU
     model = load_base(config, tokenizer, directory, device, dtype, options, plan)
     loaded = torch.cuda.memory_allocated() - before if device.type == "cuda" else None

@@ -119,8 +119,8 @@ def price_distribution(prefill, extend, prompts: list[list[int]], tree: PriceTre
         chance = torch.zeros(rows, len(level), len(tree.choices), dtype=torch.float64)
         chance.scatter_(1, order[:, :, None].expand(-1, -1, len(tree.choices)), log_probs.double().exp().cpu())
         chance *= (weights * opened)[:, :, None]  # (B, n, k): arriving at a node, then writing a token
-        children = [node for node in range(1, len(tree.parent)) if tree.parent[node] in set(level)]
-        children = torch.tensor(children)
+        opening = set(level)
+        children = torch.tensor([node for node in range(1, len(tree.parent)) if tree.parent[node] in opening])
         mass[:, children] = chance[:, torch.searchsorted(nodes, parent[children]), choice[children]]
         leaves = [node for node in children.tolist() if tree.leaf[node] is not None]
         total[:, [tree.leaf[node] for node in leaves]] += mass[:, leaves]
@@ -161,4 +161,4 @@ def pick(distribution: np.ndarray, how: str) -> np.ndarray:
         return np.exp(distribution @ np.log(np.maximum(np.arange(PRICES), 0.5)))
     if how == "mode":
         return distribution.argmax(axis=1).astype(float)
-    raise ValueError(f"unknown decoding {how!r}; choose from {', '.join(PICKS)}")
+    raise ValueError(f"unknown way {how!r} to pick from a distribution; choose mean, log-mean or mode")

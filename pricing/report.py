@@ -99,6 +99,28 @@ def comparison_table(comparison: dict[str, dict]) -> tuple[list[str], list[list[
     return header, rows
 
 
+def headline(metrics: dict, fallback: float) -> str:
+    """What evaluate.py says at its end, a line each; `fallback` dollars stood for answers that were no price"""
+    lowest, highest = metrics["mae_ci95"]
+    lines = [
+        f"\n{metrics['n']:,} held-out items in {metrics['seconds']:.1f} s: off by ${metrics['mae']:.2f} on average "
+        f"(95 % interval ${lowest:.2f} to ${highest:.2f}), {metrics['ratio']:.0%} of the constant's "
+        f"${metrics['constant_mae']:.2f}; {metrics['coverage']:.1%} inside the {metrics['share']:.0%} range"
+    ]
+    if (leaks := metrics["leaks"])["share"]:
+        others = "" if leaks["mae_without"] is None else f", the others by ${leaks['mae_without']:.2f}"
+        lines.append(
+            f"{leaks['share']:.0%} of them have a near-duplicate in training ({leaks['threshold']} of their word "
+            f"pairs): off by ${leaks['mae_with']:.2f}{others}"
+        )
+    if "least_mae" in metrics:
+        least = f"${metrics['least_mae']:.2f}"
+        lines.append(f"the least reachable error on these items is {least}: the catalogue's own noise")
+    if failures := metrics["parse_failures"]:
+        lines.append(f"{failures} answers were no price; they count as ${fallback:.0f}, the median training price")
+    return "\n".join(lines)
+
+
 def figure_and_axes(width: float, height: float):
     import matplotlib
 

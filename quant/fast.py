@@ -1,6 +1,6 @@
 """The quantised linear once more, for speed: the same sums as quant/linear.py, in fewer and larger steps.
 
-    python -m pytest tests/test_fast.py        # equal to the readable linear, forward and backward
+    python -m pytest tests/test_fused.py       # equal to the readable linear, forward and backward
     python -m benchmarks.kernels               # against copy speed and the matmul peak of the GPU
 
 What differs from the readable path, and why it is faster:

@@ -190,7 +190,7 @@ def test_picks_by_hand():
     np.testing.assert_allclose(pick(p, "mean"), [0.5 * 10 + 0.2 * 20 + 0.3 * 90, 999])
     np.testing.assert_allclose(pick(p, "log-mean"), [10**0.5 * 20**0.2 * 90**0.3, 999])
     np.testing.assert_allclose(pick(np.eye(PRICES)[:1], "log-mean"), [0.5])  # $0 stands for what is below 50 cents
-    with pytest.raises(ValueError, match="unknown decoding"):
+    with pytest.raises(ValueError, match="unknown way"):
         pick(p, "best")
 
 

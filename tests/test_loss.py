@@ -14,8 +14,9 @@ from lora.optim import FlatFactors, make_optimiser
 from options import training_options
 from pricing.batch import pack, shape_of
 from pricing.console import show_example
+from pricing.crps import CRPS_SCALES, crps_weights
 from pricing.decode import PRICES, PriceTree, price_distribution
-from pricing.loss import CRPS_SCALES, LOSSES, AnswerLoss, crps_weights
+from pricing.loss import LOSSES, AnswerLoss
 from pricing.prompt import Example
 
 
@@ -46,7 +47,7 @@ def test_soft_targets_equal_their_definition(encode, price):
     one, width = example(price, encode), 0.15
     loss, batch = packed([example(55.0, encode), one], "soft", encode, width)
     logits = torch.randn(len(batch.targets), 2100, generator=torch.Generator().manual_seed(1)).double()
-    q = AnswerLoss("soft", PriceTree.build(encode), width, "cpu").neighbours([price])[0].double()
+    q = AnswerLoss("soft", PriceTree.build(encode), width, "cpu").soft_target([price])[0].double()
     spelt = [tuple(encode(str(n))) for n in range(PRICES)]
     begins = {s[:i] for s in spelt for i in range(len(s))}
     full = [s + tuple(encode(".")) if s in begins else s for s in spelt]
@@ -65,7 +66,7 @@ def test_soft_targets_equal_their_definition(encode, price):
 
 
 def test_soft_neighbours_are_log_normal_around_the_price():
-    q = AnswerLoss("soft", PriceTree.build(digits), 0.1, "cpu").neighbours([200.0, 3.0])
+    q = AnswerLoss("soft", PriceTree.build(digits), 0.1, "cpu").soft_target([200.0, 3.0])
     torch.testing.assert_close(q.sum(1), torch.ones(2, dtype=torch.float64))
     values = torch.arange(PRICES).float()
     inside = (values > 200 * np.exp(-0.1)) & (values < 200 * np.exp(0.1))
