@@ -38,6 +38,11 @@ class Plan:
     optimiser: str = "adamw"
     head8: bool = False
 
+    @property
+    def settled(self) -> dict:
+        """What decides the numbers, not their place: the same for all of a run, its resumptions and its members"""
+        return {"optimiser": self.optimiser, "head8": self.head8}
+
 
 def parse_bytes(text: str) -> int:
     """`6GiB`, `6144MiB`, `6e9` -> bytes. Raises ValueError."""
@@ -112,12 +117,15 @@ class Estimate:
         return fixed + inputs + max(self.logits, again + self.passing) + whole * self.block_saved + WORKSPACE
 
 
-def choose(estimate: Estimate, budget: int, optimiser: str = "adamw", gpu: bool = True) -> tuple[Plan, list[str]]:
+def choose(
+    estimate: Estimate, budget: int, optimiser: str = "adamw", gpu: bool = True, settled: dict | None = None
+) -> tuple[Plan, list[str]]:
     """The fastest plan that fits `budget` bytes, and the reasons, a line each. Without a GPU nothing can be moved away.
+    `settled`: what an earlier plan of the same run chose and none may change, `Plan.settled`.
 
     Raises ValueError that names the floor where nothing fits.
     """
-    plan, reasons = Plan(optimiser=optimiser), []
+    plan, reasons = Plan(**{"optimiser": optimiser} | (settled or {})), []
 
     def gib(size: float) -> str:
         return f"{size / GIB:.2f} GiB"
@@ -147,9 +155,9 @@ def choose(estimate: Estimate, budget: int, optimiser: str = "adamw", gpu: bool 
     if plan.recompute:
         reasons.append(f"{plan.recompute} of {estimate.layers} blocks are recomputed in backward")
     levers = [("offload", True, "the inputs of recomputed blocks wait in the host's memory")] if gpu else []
-    if optimiser == "adamw":
+    if optimiser == "adamw" and not settled:
         levers.append(("optimiser", "adamw8bit", "AdamW keeps its state in 8 bits"))
-    if not estimate.tied:
+    if not estimate.tied and not settled:
         levers.append(("head8", True, "lm_head is stored in 8 bits"))
     for lever, value, what in levers:
         if fits():
@@ -167,11 +175,12 @@ def choose(estimate: Estimate, budget: int, optimiser: str = "adamw", gpu: bool 
 
 
 def plan_for(
-    config, shape: Shape, device: torch.device, budget: str | None = None, optimiser: str = "adamw", **options
-) -> tuple[Plan, list[str]]:
+    config, shape: Shape, device: torch.device, budget: str | None = None, optimiser: str = "adamw",
+    settled: dict | None = None, **options,
+) -> tuple[Plan, list[str]]:  # fmt: skip
     """`choose` for a budget such as "6GiB", or for what is free on the device. `options` are Estimate's."""
     size = parse_bytes(budget) if budget else free_memory(device)
-    return choose(Estimate(config, shape, **options), size, optimiser, gpu=device.type == "cuda")
+    return choose(Estimate(config, shape, **options), size, optimiser, device.type == "cuda", settled)
 
 
 def free_memory(device: torch.device) -> int:

@@ -5,7 +5,6 @@
 import argparse
 import json
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -24,9 +23,9 @@ from memory import Plan, Recompute, free_memory
 from pricing.batch import Shape
 from pricing.items import Item
 from pricing.sources import load_items
-from quant.fast import Group, HostEmbedding, group_linears, triton
+from quant.fast import Group, HostEmbedding, group_linears, kernels_missing
 from quant.int8 import quantise_weight
-from quant.linear import FrozenLinear, LinearInt8, quantise_linear
+from quant.linear import FrozenLinear, quantise_linear
 
 # What a run of before an option did, which its run.json does not say.
 OLDER = {"head": "none", "members": 1, "neighbours": 0, "train_items": None, "outlier_threshold": 6.0}
@@ -113,18 +112,14 @@ def speed_up(model: Llama, plan: Plan = Plan(), shape: Shape | None = None) -> l
     if plan.recompute:
         size = (shape.tokens, model.config.hidden_size)
         model.run_block = Recompute(model, plan.recompute, plan.offload, size, model.device)
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
-    missing = "C compiler (gcc or clang), which Triton needs" if triton is not None and not compiler else None
-    if triton is None and any(isinstance(module, LinearInt8) for module in model.modules()):
-        missing = "Triton, which 8 bits need to run in fixed shapes"
-    if model.device.type == "cuda" and missing:
+    if model.device.type == "cuda" and (missing := kernels_missing()):
         print(f"no {missing}: the slower readable path runs", file=sys.stderr)
         return []
     groups = group_linears(model)
     per_block = len(groups) // len(model.layers)
     for group in groups[: plan.keep * per_block]:
         group.keep(model.compute_dtype)
-    if model.device.type == "cuda" and triton is not None:
+    if model.device.type == "cuda":
         model.fuse_pieces()
     return groups
 

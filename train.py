@@ -86,7 +86,8 @@ def main() -> None:
         chosen |= {"seed": options["seed"] + number, "members": 1 if number else options["members"]}
         if options["members"] > 1:
             print(f"member     {number + 1} of {options['members']}")
-        train(argparse.Namespace(**chosen))
+        earlier = read_run(args.out) if number or chosen["resume"] else {}  # of the same run: some things are settled
+        train(argparse.Namespace(**chosen), earlier.get("plan"))
         gc.collect()  # what one member held, the plan of the next may use
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -94,7 +95,8 @@ def main() -> None:
     print(f"now run    python evaluate.py --ckpt {args.out}/")
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, settled: dict | None = None) -> None:
+    """One member. `settled`: the part of an earlier plan of the same run that decides the numbers (Plan.settled)"""
     out = Path(args.out)
     device = pick_device(args.device)
     if args.resume:
@@ -136,11 +138,11 @@ def train(args: argparse.Namespace) -> None:
     # ---- model: each linear is quantised as it is read, then freeze and inject -------------------------------------
     started = time.perf_counter()
     fast = not (args.readable or args.dropout)
-    plan, reasons = Plan(optimiser=args.optimiser), []
+    plan, reasons = Plan(**settled or {"optimiser": args.optimiser}), []
     if fast:
         plan, reasons = plan_for(
-            config, shape, device, args.memory_budget, args.optimiser, bits=args.bits, dtype=dtype, rank=args.rank,
-            targets=args.targets, blocksize=args.blocksize, double_quant=args.double_quant,
+            config, shape, device, args.memory_budget, args.optimiser, settled, bits=args.bits, dtype=dtype,
+            rank=args.rank, targets=args.targets, blocksize=args.blocksize, double_quant=args.double_quant,
             head_numbers=joint_numbers(config.hidden_size) if args.head == "quantile" else 0,
         )  # fmt: skip
     model = load_base(config, tokenizer, directory, device, dtype, args, plan)
@@ -218,6 +220,7 @@ def train(args: argparse.Namespace) -> None:
             | {"python": platform.python_version()},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
             "compute_dtype": str(dtype).removeprefix("torch."),
+            "plan": plan.settled,
             "steps": step,
             "seconds": round(progress["seconds"], 1),
             "tokens": progress["tokens"],

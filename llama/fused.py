@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama import model
 from llama.attention import KVCache, Layout, Scores
-from llama.fused_attention import PackedAttention
+from llama.fused_attention import PackedAttention, shared_memory, tile_of
 
 
 @triton.jit
@@ -140,8 +140,9 @@ def geglu(gate_up: Tensor) -> Tensor:
 def attention(
     qkv, cos, sin, kv_heads: int, head_dim: int, layout: Layout, cache: KVCache | None, layer: int, scores=Scores()
 ) -> Tensor:
-    """Packed sequences as one kernel; with a cache, as in the plain piece"""
-    if cache is None and layout.edges is not None:
+    """Packed sequences as one kernel; with a cache, or where the GPU is too small for it, as in the plain piece"""
+    fits = tile_of(head_dim, qkv.dtype, shared_memory(qkv.device)) is not None
+    if fits and cache is None and layout.edges is not None:
         return PackedAttention.apply(qkv, cos, sin, layout.edges, layout.columns, kv_heads, head_dim, scores)[0]
     return model.attention(qkv, cos, sin, kv_heads, head_dim, layout, cache, layer, scores)
 

@@ -172,6 +172,27 @@ def backward_kv_kernel(
         store_rows(grad_qkv + at_v, token, width, inside, dv, SIZE, DIM)
 
 
+def dim_of(head_dim: int) -> int:
+    """Numbers of a head in the kernels: a power of two, of which tl.dot asks for 16"""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def tile_of(head_dim: int, dtype: torch.dtype, shared: int) -> int | None:
+    """Rows of q, or of k, at a time. `shared`: bytes of shared memory that a block of the GPU's threads may have.
+
+    backward_kv_kernel holds four tiles of numbers and one of weights there (as compiled for float32, rows of 32: 36,
+    68 and 132 KiB at head_dim 64, 128 and 256). None where even 16 rows do not fit: a T4, float32, 256 numbers a head.
+    """
+    first = 64 if dtype != torch.float32 and head_dim <= 128 else 32  # at 256 numbers, 64 rows would spill registers
+    fitting = (t for t in (first, 32, 16) if 4 * t * dim_of(head_dim) * dtype.itemsize + 4 * t * t <= shared)
+    return next(fitting, None)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block of threads may have; without a GPU (Triton's interpreter), as on an H100"""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232448
+
+
 def turn(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, sign: float) -> None:
     pairs = triton.next_power_of_2(head_dim // 2)
     turn_kernel[(len(qkv), triton.cdiv(heads, 8))](
@@ -191,13 +212,12 @@ class PackedAttention(torch.autograd.Function):
         if not qkv.is_contiguous():  # it is turned where it lies
             raise ValueError("q, k, v must lie in memory without gaps: call contiguous()")
         heads = qkv.shape[1] // head_dim - 2 * kv_heads
-        exact = qkv.dtype == torch.float32
-        tile = 32 if exact or head_dim > 128 else 64  # Gemma's 256 numbers a head would spill registers at 64
+        exact, tile = qkv.dtype == torch.float32, tile_of(head_dim, qkv.dtype, shared_memory(qkv.device))
         ctx.grid, ctx.heads = (len(edges) - 1, triton.cdiv(longest, tile)), (heads, kv_heads)
         ctx.scale = scores.scale or head_dim**-0.5
         narrow = scores.window is not None and scores.window < longest
         ctx.constants = dict(
-            SIZE=head_dim, DIM=triton.next_power_of_2(head_dim), TILE=tile, PRECISION="ieee" if exact else "tf32",
+            SIZE=head_dim, DIM=dim_of(head_dim), TILE=tile, PRECISION="ieee" if exact else "tf32",
             CAP=float(scores.softcap or 0), WINDOW=scores.window if narrow else 0,
             num_warps=4, num_stages=1,  # the fastest of 27 on an H100: nothing to pipeline in two or three tiles
         )  # fmt: skip

@@ -68,8 +68,11 @@ def pack(examples: list[Example], shape: Shape) -> Batch:
     pieces = [example.prompt + example.answer[:-1] for example in examples]
     lengths = [len(piece) for piece in pieces]
     supervised = sum(len(example.answer) for example in examples)
+    longest = max(lengths, default=0)
     if sum(lengths) > shape.tokens or len(examples) > shape.items or supervised > shape.answers:
         raise ValueError(f"{len(examples)} items of {sum(lengths)} tokens do not fit into {shape}")
+    if longest > shape.longest:
+        raise ValueError(f"an item of {longest} tokens does not fit into {shape}")
     missing = shape.tokens - sum(lengths)
     filler = [shape.longest] * (missing // shape.longest) + [missing % shape.longest]
     lengths = np.array(lengths + [n for n in filler if n])

@@ -16,9 +16,12 @@ What differs from the readable path, and why it is faster:
   - The LoRA factors A of a group lie one below the other too: one product x A^T for all, one for dL/dA. On a GPU these
     small products run beside the large one, on a second stream.
 
-Without Triton, and for shapes that do not come in whole blocks, bitsandbytes dequantises, and the rest is the same.
+On a CPU, and for shapes that do not come in whole blocks, bitsandbytes dequantises, and the rest is the same.
 With `--bits 8` forward multiplies integers (quant/fast_int8.py); backward and `keep` are as above.
 """
+
+import os
+import shutil
 
 import torch
 from torch import Tensor, nn
@@ -252,19 +255,30 @@ class Group:
         return GroupFunction.apply(self, x, *(factors or (None,)))
 
 
+def kernels_missing() -> str | None:
+    """What Triton's kernels lack on this machine, if anything"""
+    if triton is None:
+        return "Triton"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    return None if compiler else "C compiler (gcc or clang), which Triton needs"
+
+
 class HostEmbedding(nn.Module):
-    """The embedding (V, C) in pinned host memory; the GPU reads the rows that it needs.  (N,) -> (N, C)"""
+    """The embedding (V, C) in pinned host memory; the GPU reads the rows that it needs (without Triton they are copied,
+    which no CUDA graph can record).  (N,) -> (N, C)"""
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        if triton is None:
-            raise ValueError("an embedding in the host's memory needs Triton: install it, or raise --memory-budget")
+        self.by_kernel = kernels_missing() is None
         self.weight = nn.Parameter(weight.pin_memory(), requires_grad=False)
 
     def _apply(self, fn, recurse=True):
         return self  # stays where it is
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if not (self.by_kernel and tokens.is_cuda):
+            return self.weight[tokens.cpu()].to(tokens.device)
+        tokens = tokens.contiguous()
         out = torch.empty(len(tokens), self.weight.shape[1], dtype=self.weight.dtype, device=tokens.device)
         size = out.shape[1]
         rows_kernel[(len(tokens), triton.cdiv(size, 1024))](tokens, self.weight, out, size, BLOCK=1024)

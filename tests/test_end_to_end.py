@@ -292,6 +292,28 @@ train.main()
     assert "has changed since" in err
 
 
+def test_a_resumed_run_keeps_the_optimiser_that_memory_chose(place):
+    """What is free when it goes on may ask for another; the state on disk is that of the first."""
+    common = ["--model", place / "model", "--data", place / "items.jsonl", "--val-items", "0", "--batch-tokens", "1024"]
+    killed = """
+import contextlib, sys, train
+plain = train.write_directory
+@contextlib.contextmanager
+def once(out):
+    with plain(out) as part:
+        yield part
+    sys.exit(9)
+train.write_directory = once
+train.plan_for = lambda *args, **kwargs: (train.Plan(optimiser="sgd"), [])
+train.main()
+"""
+    out = place / "settled"
+    run("-c", killed, *common, "--max-steps", "4", "--save-every", "2", "--out", out, code=9)
+    run("train.py", "--resume", "--out", out)
+    record = json.loads((out / "run.json").read_text())
+    assert record["plan"] == {"optimiser": "sgd", "head8": False} and record["steps"] == 4
+
+
 def test_epochs_end_with_their_short_batch_and_minutes_end_with_a_validation(place, tmp_path):
     rows = [json.dumps({"title": f"t {n}", "price": 5, "split": "val" if n < 3 else "train"}) for n in range(20)]
     (tmp_path / "few.jsonl").write_text("\n".join(rows))

@@ -1,9 +1,12 @@
 """A training step: windows, steps left out, and on a GPU the recorded step against the same lines run one by one."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from conftest import our_model
+from test_families import FAMILIES, write_family
 
 from engine import Step
 from forecast import tree_functions
@@ -81,6 +84,21 @@ def test_the_fast_path_learns_as_the_readable_one(tiny, plan):
         results.append((run(step, windows), parameter.detach().clone()))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-4)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3, 270M and 1B", "phi3, 128k"])
+def test_the_fast_path_of_other_families_learns_as_the_readable_one(name, tmp_path):
+    """On a GPU recorded: a lone kv head, norms of heads, windows, soft caps, two rotary tables, longrope"""
+    write_family(name, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES[name]))
+    chosen, shape = examples(30), shape_for(128, 6)
+    windows = [[pack(chosen[i : i + 5], shape)] for i in range(0, 30, 5)]
+    results = []
+    for fast in (False, True):
+        step, parameter = make_step(tmp_path, shape, fast=fast, graph=fast and DEVICE.type == "cuda")
+        results.append((run(step, windows), parameter.detach().clone()))
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-3)
+    assert (results[0][1] - results[1][1]).norm() < 1e-2 * results[0][1].norm()
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd", "adamw8bit"])

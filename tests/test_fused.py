@@ -17,7 +17,7 @@ from llama.model import PIECES
 from llama.rope import rotary_table
 from lora.inject import inject, lora_layers
 from lora.optim import FlatFactors
-from quant.fast import Packed, group_linears
+from quant.fast import HostEmbedding, Packed, group_linears
 from quant.linear import LinearNF4
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -70,7 +70,13 @@ def test_swiglu_and_geglu(dtype, name):
 
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths, heads, kv_heads, size", [([5, 70, 1, 130], 4, 2, 16), ([3, 9], 6, 2, 24)])
+@pytest.mark.parametrize(
+    "lengths, heads, kv_heads, size",
+    [
+        ([5, 70, 1, 130], 4, 2, 16), ([3, 9], 6, 2, 24), ([1], 1, 1, 4),
+        ([40, 7], 9, 3, 64), ([5, 35], 3, 3, 96), ([70, 3], 4, 1, 256),  # SmolLM2, Phi-3 mini, Gemma 3 270M
+    ],
+)  # fmt: skip
 def test_attention(dtype, lengths, heads, kv_heads, size):
     layout = Layout.packed(lengths, DEVICE)
     frequency = 1e4 ** -(torch.arange(0, size, 2, device=DEVICE) / size)
@@ -80,6 +86,43 @@ def test_attention(dtype, lengths, heads, kv_heads, size):
     qkv = torch.randn(sum(lengths), (heads + 2 * kv_heads) * size, device=DEVICE, dtype=dtype)
     for plain, fused in both("attention", [qkv], (*rotary, kv_heads, size, layout, None, 0)):
         close(fused, plain, dtype)
+
+
+@kernels
+def test_tiles_fit_the_gpu():
+    """As compiled (Triton 3.6): float32, rows of 32, need 36, 68 and 132 KiB at 64, 128 and 256 numbers a head."""
+    from llama.fused_attention import tile_of
+
+    kib, exact, half = 1024, torch.float32, torch.bfloat16
+    hopper, ada, turing = 227 * kib, 99 * kib, 64 * kib
+    assert [tile_of(size, half, hopper) for size in (64, 128, 256)] == [64, 64, 32]
+    assert [tile_of(size, half, ada) for size in (64, 128, 256)] == [64, 64, 32]
+    assert [tile_of(size, exact, hopper) for size in (64, 128, 256)] == [32, 32, 32]
+    assert [tile_of(size, exact, ada) for size in (64, 128, 256)] == [32, 32, 16]
+    assert [tile_of(size, exact, turing) for size in (64, 128, 256)] == [32, 16, None]
+
+
+@kernels
+def test_a_gpu_too_small_for_the_kernel_runs_the_plain_piece(monkeypatch):
+    from llama import fused
+
+    layout, qkv = Layout.packed([5, 9], DEVICE), torch.randn(14, 8 * 16, device=DEVICE)
+    rotary = rotary_table(torch.rand(8, device=DEVICE), layout.positions)
+    expected = attention_of(PIECES, qkv, rotary, layout, Scores())
+    monkeypatch.setattr(fused, "shared_memory", lambda device: 1024)
+    monkeypatch.setattr(fused.PackedAttention, "apply", None)
+    assert torch.equal(attention_of(fused.FUSED, qkv, rotary, layout, Scores()), expected)
+
+
+def test_rows_of_an_embedding_in_the_hosts_memory(monkeypatch):
+    """Tokens may be a slice; without Triton's kernel the rows are copied."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    embedding = HostEmbedding(torch.randn(50, 24))
+    tokens = torch.randint(0, 50, (6, 4), device=DEVICE)[:, 1]
+    for by_kernel in (False, embedding.by_kernel):
+        embedding.by_kernel = by_kernel
+        assert torch.equal(embedding(tokens).cpu(), embedding.weight[tokens.cpu()])
 
 
 @kernels

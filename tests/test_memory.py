@@ -73,6 +73,16 @@ def test_an_optimiser_that_was_asked_for_is_kept():
     assert plan.optimiser == "lion8bit"
 
 
+def test_what_a_run_has_settled_is_neither_given_up_nor_added():
+    """A resumed run finds other memory free, but its optimiser's state and its head are what they are."""
+    tight, roomy = {"optimiser": "adamw8bit", "head8": True}, {"optimiser": "adamw", "head8": False}
+    plan, _ = choose(estimate(), 80 * GIB, settled=tight)
+    assert plan.settled == tight and plan.keep == 32
+    with pytest.raises(ValueError, match="below the floor"):
+        choose(estimate(), int(5.2 * GIB), settled=roomy)
+    assert choose(estimate(), int(5.2 * GIB))[0].settled == tight
+
+
 def test_a_tied_head_is_neither_moved_nor_rounded():
     floor = estimate("3b").total(Plan(recompute=28, offload=True, optimiser="adamw8bit"))
     plan, _ = choose(estimate("3b"), int(floor) + 1)

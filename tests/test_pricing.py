@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -268,6 +269,8 @@ def test_the_mask_covers_exactly_the_answer(tokenizer):
     assert len(batch.tokens) == 512 and lengths.sum() == 512 and lengths.max() <= shape.longest
     assert batch.at.max() < batch.real_tokens and (batch.targets != -100).sum() == batch.supervised
     assert (np.diff(batch.slots)[np.diff(batch.positions) == 1] == 1).all() and len(set(batch.slots)) == 512
+    with pytest.raises(ValueError, match="an item of .* tokens does not fit"):
+        pack(examples, replace(shape, longest=shape.longest - 1))
 
 
 def test_prompts_by_name_and_from_a_file(tmp_path):
