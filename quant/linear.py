@@ -237,7 +237,7 @@ def quantise_linear(
     double_quant: bool = True,
     outlier_threshold: float = 6.0,
 ) -> FrozenLinear:
-    """The one place where a weight is quantised: (O, I) float -> a FrozenLinear on the same device.
+    """The one place where a linear is quantised: (O, I) float -> a FrozenLinear on the same device.
 
     `bits` 4: NF4 of the weight as given; 8: int8, a scale a row; 16: no quantisation, kept in `dtype`. `blocksize` and
     `double_quant` are for 4 bits, `outlier_threshold` for 8.
