@@ -242,6 +242,19 @@ def test_8_bits_train_resume_evaluate_predict_and_merge(place):
     run("-m", "lora.merge", "--ckpt", place / "out8", "--base", place / "model", "--out", place / "merged8")
 
 
+# Beginning of a script that runs train.py and is killed right after its first checkpoint.
+KILLED = """
+import contextlib, sys, train
+plain = train.write_directory
+@contextlib.contextmanager
+def once(out):
+    with plain(out) as part:
+        yield part
+    sys.exit(9)
+train.write_directory = once
+"""
+
+
 def test_a_resumed_run_equals_an_unbroken_one(place):
     common = [
         "--model",
@@ -258,18 +271,7 @@ def test_a_resumed_run_equals_an_unbroken_one(place):
         "fp32",
     ]
     run("train.py", *common, "--max-steps", "6", "--out", place / "whole")
-    # Killed right after the checkpoint of step three.
-    killed = """
-import contextlib, sys, train
-plain = train.write_directory
-@contextlib.contextmanager
-def once(out):
-    with plain(out) as part:
-        yield part
-    sys.exit(9)
-train.write_directory = once
-train.main()
-"""
+    killed = KILLED + "train.main()"
     run("-c", killed, *common, "--max-steps", "6", "--save-every", "3", "--out", place / "broken", code=9)
     run("train.py", "--resume", "--out", place / "broken")
     whole, broken = (load_file(place / n / "adapter_model.safetensors") for n in ("whole", "broken"))
@@ -295,18 +297,8 @@ train.main()
 def test_a_resumed_run_keeps_the_optimiser_that_memory_chose(place):
     """What is free when it goes on may ask for another; the state on disk is that of the first."""
     common = ["--model", place / "model", "--data", place / "items.jsonl", "--val-items", "0", "--batch-tokens", "1024"]
-    killed = """
-import contextlib, sys, train
-plain = train.write_directory
-@contextlib.contextmanager
-def once(out):
-    with plain(out) as part:
-        yield part
-    sys.exit(9)
-train.write_directory = once
-train.plan_for = lambda *args, **kwargs: (train.Plan(optimiser="sgd"), [])
-train.main()
-"""
+    otherwise = 'train.plan_for = lambda *args, **kwargs: (train.Plan(optimiser="sgd"), [])\n'
+    killed = KILLED + otherwise + "train.main()"
     out = place / "settled"
     run("-c", killed, *common, "--max-steps", "4", "--save-every", "2", "--out", out, code=9)
     run("train.py", "--resume", "--out", out)
