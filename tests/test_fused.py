@@ -7,6 +7,7 @@ Without a GPU the Triton kernels are skipped, and say so; groups of linears are 
 """
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from llama.model import PIECES
 from llama.rope import rotary_table
 from lora.inject import inject, lora_layers
 from lora.optim import FlatFactors
+from quant import fast
 from quant.fast import HostEmbedding, Packed, group_linears
 from quant.linear import LinearNF4
 
@@ -112,6 +114,19 @@ def test_a_gpu_too_small_for_the_kernel_runs_the_plain_piece(monkeypatch):
     monkeypatch.setattr(fused, "shared_memory", lambda device: 1024)
     monkeypatch.setattr(fused.PackedAttention, "apply", None)
     assert torch.equal(attention_of(fused.FUSED, qkv, rotary, layout, Scores()), expected)
+
+
+def test_without_triton_or_a_compiler_the_readable_path_runs(monkeypatch, capsys):
+    from pricer import speed_up
+
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(fast.shutil, "which", lambda name: None)
+    for triton, missing in ((None, "no Triton"), (object(), "no C compiler")):
+        monkeypatch.setattr(fast, "triton", triton)
+        assert speed_up(SimpleNamespace(device=torch.device("cuda"))) == []
+        assert missing in capsys.readouterr().err
+    monkeypatch.setenv("CC", "cc")
+    assert fast.kernels_missing() is None
 
 
 def test_rows_of_an_embedding_in_the_hosts_memory(monkeypatch):
