@@ -19,7 +19,8 @@ def points(table: dict) -> tuple[dict[int, list[tuple[int, float]]], list[tuple[
         items = int(options[options.index("--train-items") + 1]) if "--train-items" in options else row["train_items"]
         epochs = int(options[options.index("--epochs") + 1])
         model.setdefault(epochs, []).append((items, row["mae"]))
-        forest[items] = row["comparison"]["random forest"]["mae"]
+        if "random forest" in row["comparison"]:
+            forest[items] = row["comparison"]["random forest"]["mae"]
     return {epochs: sorted(found) for epochs, found in sorted(model.items())}, sorted(forest.items())
 
 
