@@ -86,6 +86,9 @@ def main() -> None:
     if args.out.exists() or len({report_of(args.out, name) for name in rows}) < len(rows):
         raise SystemExit(f"error: {args.out} exists already, or two of the rows are named alike but for signs")
     args.out.mkdir(parents=True)
+    # More threads than cores wait for one another by spinning: four pricings at once on two cores took eight times as
+    # long.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
     first, lock, free = next(iter(rows)), threading.Lock(), queue.Queue()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     for number in range(args.jobs):  # the GPUs in turn, one place a job

@@ -5,8 +5,8 @@
     python -m benchmarks.families --show families.json more.json         what such files hold, as one table
     python -m benchmarks.families --models phi-3-mini-tiny --bits 4      a try on a CPU
 
-The config.json has the published sizes (shapes.py), the weights are random, in a directory that is gone before the next model's
-is written. Bytes of a model that lies ready to train, by formula (memory.Estimate; I columns of a linear):
+The config.json has the published sizes (shapes.py), the weights are random, in a directory that is gone before the next
+model's is written. Bytes of a model that lies ready to train, by formula (memory.Estimate; I columns of a linear):
 
     linears  4 bits: 1/2 + 1/64 + 4/(64 * 256) a weight     8 bits: 1 + 4/I     16 bits: 2
     biases, embedding and head (one where they are tied) 2 a number, norms 4
