@@ -118,6 +118,7 @@ def main() -> None:
     run = Run(args.ckpt, device, pick_dtype(args.dtype, device))
     train, test = items_of(args, run)
     truth, categories = np.array([item.price for item in test]), [item.category for item in test]
+    products = [normalise_title(item.title) for item in test]
     prompts = run.prompts(test)
     constant, fallback = float(np.mean([i.price for i in train])), float(np.median([i.price for i in train]))
 
@@ -156,14 +157,15 @@ def main() -> None:
     bar.close()
     # A greedy text that is no price says nothing: it is priced like an unknown product, and counted.
     guess = np.where(np.isnan(guess), fallback, guess)
-    metrics = score(truth, guess, constant, categories, failures, interval)
+    metrics = score(truth, guess, constant, categories, failures, interval, products)
     metrics |= {"train_items": len(train), "members": len(run.paths)}
     metrics |= {"seconds": round(seconds, 2), "decode": decode, "share": share, "calibrated": calibrated}
     comparison = {"fine-tuned": metrics}
 
     def add(name: str, other: np.ndarray, seconds: float) -> None:
-        above = paired_difference(np.abs(truth - other), np.abs(truth - guess))
-        comparison[name] = score(truth, other, constant, categories) | {"seconds": seconds, "above": above}
+        above = paired_difference(np.abs(truth - other), np.abs(truth - guess), products)
+        scored = score(truth, other, constant, categories, groups=products)
+        comparison[name] = scored | {"seconds": seconds, "above": above}
 
     # ---- the same model without its adapter, and predictors that read no language ----------------------------------
     if args.untuned:

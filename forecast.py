@@ -9,7 +9,7 @@ by the head, or by several members of a run, are averaged quantile by quantile i
 """
 
 import argparse
-import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,13 @@ from lora.adapter import load_adapter
 from pricer import load_run, pick_device, pick_dtype, read_run, run_items
 from pricing.batch import by_length
 from pricing.decode import PriceTree, price_distribution
+from pricing.files import whole_file
 from pricing.head import FILE, Head, Recipe, fit_head, load_head, save_head
 from pricing.intervals import LEVELS, MIDDLE, in_dollars, log_quantiles
 from pricing.items import Item, sample
 from pricing.neighbours import INDEX, Index, with_neighbours
-from pricing.prompt import encode_prompt
-from states import adapter_digest, forward_tokens, head_states, kept_states
+from pricing.prompt import Example, encode_items
+from states import READ, adapter_digest, forward_tokens, head_states, kept_states
 
 HELD = "validation.safetensors"  # a run's own forecasts of its validation items
 MOST_HELD = 1000  # validation items that price ranges are calibrated on: then a share is right within 1.3 %
@@ -131,6 +132,12 @@ class Run:
         without = [path for path, head in zip(self.paths, self.heads, strict=True) if head is None]
         if without and (self.options["head"] == "quantile" or len(without) < len(self.paths)):
             raise ValueError(f"{without[0] / FILE} is missing: the run, or another member of it, has a head")
+        kinds = [[head and head.settings.get(key) for key in ("joint", *READ)] for head in self.heads]
+        if others := [path for path, kind in zip(self.paths, kinds, strict=True) if kind != kinds[0]]:
+            raise ValueError(
+                f"the heads of {ckpt} and of {others[0]} are of two kinds; train both anew with "
+                f"`python -m pricing.head --ckpt {ckpt}`"
+            )
         self.model, self.tokenizer = load_run(ckpt, self.about, device, dtype)
         self.heads = [head and head.to(device) for head in self.heads]
         self.at = 0  # the member whose adapter is in the model
@@ -145,7 +152,12 @@ class Run:
         return asked or ("median" if self.heads[0] is None else "blend")
 
     def prompts(self, items: list[Item]) -> list[list[int]]:
-        return encode_run(items, self.tokenizer, self.options, self.about["prompt"], self.index)
+        """As the run reads them. Says on standard error how many texts are too long for it."""
+        examples = encode_run(items, self.tokenizer, self.options, self.about["prompt"], self.index)
+        if cut := sum(example.cut for example in examples):
+            limit = f"the run's --max-tokens {self.options['max_tokens']}"
+            print(f"{cut:,} of {len(items):,} texts are longer than {limit} and were cut", file=sys.stderr)
+        return [example.prompt for example in examples]
 
     def forecast(
         self, prompts: list[list[int]], batch_tokens: int | None = None, prune: float = 1e-3, on_batch=None
@@ -191,20 +203,16 @@ def mean_of(weighted: list[tuple[Forecast, int]], indices=slice(None)) -> Foreca
     return Forecast(*(mean(getattr(first, k), getattr(second, k)) for k in ("distribution", "digits", "head")))
 
 
-def encode_run(items: list[Item], tokenizer, options: dict, prompt: str, index: Index | None) -> list[list[int]]:
-    """The prompts of items as a run reads them: its template, its token limit, its neighbours"""
+def encode_run(items: list[Item], tokenizer, options: dict, prompt: str, index: Index | None) -> list[Example]:
+    """Items as a run reads them: its template, its token limit, its neighbours"""
     templates = with_neighbours(items, prompt, index, options["neighbours"])
-    return [
-        encode_prompt(item.text, tokenizer, options["max_tokens"], template)
-        for item, template in zip(items, templates, strict=True)
-    ]
+    return encode_items(items, tokenizer, options["max_tokens"], templates)
 
 
 def write_held(ckpt: str | Path, found: dict[str, np.ndarray]) -> None:
     """`price` (m,) dollars, `digits` and `head` (m, 21) log dollars; whole or not at all"""
-    part = Path(ckpt) / f".{HELD}.part"
-    save_file({key: np.ascontiguousarray(value, np.float64) for key, value in found.items()}, part)
-    os.replace(part, Path(ckpt) / HELD)
+    with whole_file(Path(ckpt) / HELD) as part:
+        save_file({key: np.ascontiguousarray(value, np.float64) for key, value in found.items()}, part)
 
 
 def read_held(ckpt: str | Path) -> dict[str, np.ndarray]:
@@ -274,7 +282,7 @@ def train_head(args: argparse.Namespace, recipe: Recipe) -> None:
         settings = {"states": args.states, "blocks": blocks, "mean": args.mean, "adapter": adapter_digest(ckpt)}
         started, parts = time.perf_counter(), []
         for chosen in (*by_split.values(), held_items):
-            prompts = encode_run(chosen, tokenizer, options, run["prompt"], index)
+            prompts = [e.prompt for e in encode_run(chosen, tokenizer, options, run["prompt"], index)]
             parts.append(kept_states(ckpt, run, model, prompts, settings, args.batch_tokens))
         states = np.concatenate(parts[:2])
         print(
@@ -283,12 +291,15 @@ def train_head(args: argparse.Namespace, recipe: Recipe) -> None:
         )
         started = time.perf_counter()
         head = fit_head(joined, states, recipe, device, settings, lambda line: print(f"head       {line}"))
+        # Cut short between two of these writes, the forecasts lack the head's: the ranges are refused, not wrong.
+        write_held(ckpt, {key: value for key, value in held.items() if key != "head"})
+        saved = save_head(head, ckpt)
         if len(held["price"]) == len(held_items):
             write_held(ckpt, held | {"head": head.quantiles(parts[2])})
         else:
             print(f"head       {ckpt} has no forecasts of its validation items: ranges will not be calibrated")
         print(
             f"head       validation off by ${head.settings['val_mae_dollars']:.2f} on {len(by_split['val']):,} items, "
-            f"trained in {time.perf_counter() - started:.1f} s; saved as {save_head(head, ckpt)}"
+            f"trained in {time.perf_counter() - started:.1f} s; saved as {saved}"
         )
     print(f"now run    python evaluate.py --ckpt {args.ckpt} --decode head")

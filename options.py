@@ -134,7 +134,8 @@ def training_options(argv=None) -> argparse.Namespace:
         "--patience", type=int, default=None, help="stop after so many checks without a better validation error"
     )
     group.add_argument(
-        "--keep", default="last", choices=["last", "best"], help="the weights that --out holds at the end"
+        "--keep", default="last", choices=["last", "best"],
+        help="the weights that --out holds at the end; best saves at every best check, where --resume would go on",
     )
     group.add_argument("--log-every", type=int, default=1, help="steps between lines of metrics.jsonl")
     group.add_argument(
@@ -163,6 +164,8 @@ def training_options(argv=None) -> argparse.Namespace:
         parser.error(f"--outlier-threshold must be 0 (none) or greater, got {args.outlier_threshold}")
     if args.val_items == 0 and (args.keep == "best" or args.patience):
         parser.error("--keep best and --patience go by validation items; --val-items 0 leaves none")
+    if args.keep == "best" and args.save_every:
+        parser.error("--keep best saves at every best check, and only there; leave out --save-every")
     if args.memory_budget and (args.readable or args.dropout):
         parser.error("--memory-budget plans the fast path; leave out --readable and --dropout")
     given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")}

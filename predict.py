@@ -12,11 +12,15 @@ import csv
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 from forecast import Run
 from options import add_batch_argument, add_model_arguments
 from pricer import pick_device, pick_dtype, run_main
 from pricing.intervals import SHARES, calibrated_range
 from pricing.items import Item, read_rows, text_of
+
+CHUNK = 5000  # texts whose distributions over 1,000 prices are held at a time: 40 MB for each member
 
 
 def read_texts(path: Path) -> list[str]:
@@ -61,11 +65,18 @@ def main() -> None:
     run = Run(args.ckpt, device, pick_dtype(args.dtype, device))
     decode = run.decoding(args.decode)
     items = [Item(str(n), text.strip().splitlines()[0], text, 1.0, "", "test") for n, text in enumerate(texts)]
-    found = run.forecast(run.prompts(items), args.batch_tokens, prune=0.0)
-    low, high, calibrated = calibrated_range(found.quantiles(decode), args.interval / 100, *run.held(decode))
+    prompts, held, rows = run.prompts(items), run.held(decode), []
+    bar = tqdm(total=len(texts), unit="text", dynamic_ncols=True, disable=not args.file)  # on standard error
+    for start in range(0, len(texts), CHUNK):
+        found = run.forecast(
+            prompts[start : start + CHUNK], args.batch_tokens, prune=0.0,
+            on_batch=lambda indices, _: bar.update(len(indices)),
+        )  # fmt: skip
+        low, high, calibrated = calibrated_range(found.quantiles(decode), args.interval / 100, *held)
+        rows += zip(texts[start : start + CHUNK], found.median(decode), low, high, strict=True)
+    bar.close()
     if not calibrated:
         print("the run has too few validation items: ranges are the model's own, not calibrated", file=sys.stderr)
-    rows = zip(texts, found.median(decode), low, high, strict=True)
     if args.file:
         writer = csv.writer(sys.stdout)
         writer.writerow(["text", "price", "low", "high"])

@@ -6,8 +6,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -21,6 +19,9 @@ from llama.attention import Layout
 from llama.model import Llama
 from lora.inject import lora_layers
 from pricing.batch import by_length
+from pricing.files import whole_file
+
+READ = ("states", "blocks", "mean")  # the settings of a head that say what it reads
 
 
 def forward_tokens(model: Llama, asked: int | None) -> int:
@@ -112,7 +113,7 @@ def kept_states(ckpt: str | Path, run: dict, model: Llama, prompts: list, settin
     """head_states, kept in the checkpoint's states/ under a hash of all that decides them: adapter, base, precision,
     which states, token ids."""
     keys = ("bits", "blocksize", "double_quant", "outlier_threshold")
-    which = [settings[key] for key in ("states", "blocks", "mean")]
+    which = [settings[key] for key in READ]
     precision = [str(model.compute_dtype), model.device.type, [run["options"].get(key) for key in keys]]
     identity = [run.get("base_model"), adapter_digest(ckpt), precision, which, prompts]
     path = Path(ckpt) / "states" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.safetensors"
@@ -122,7 +123,6 @@ def kept_states(ckpt: str | Path, run: dict, model: Llama, prompts: list, settin
         pass
     states = head_states(model, prompts, settings, batch_tokens)
     path.parent.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".states-", delete=False) as part:
-        save_file({"states": states}, part.name)
-    os.replace(part.name, path)
+    with whole_file(path) as part:
+        save_file({"states": states}, part)
     return states

@@ -119,6 +119,8 @@ def train(args: argparse.Namespace, settled: dict | None = None) -> None:
         check_same_data(run, identity)
     if not train_items:
         raise ValueError(f"{args.data}: none of the {len(items)} items is in the train split")
+    if not val_items and (args.keep == "best" or args.patience):
+        raise ValueError(f"{args.data}: no item is in the val split, by which --keep best and --patience go")
     print(
         f"data       {args.data}: {len(items):,} items, {len(train_items):,} to train on"
         + (f"; left out: {skipped}" if skipped.counts else "")
@@ -242,7 +244,7 @@ def train(args: argparse.Namespace, settled: dict | None = None) -> None:
 
     def validate(items: list[Item]) -> tuple[float, Forecast, np.ndarray]:
         """Dollars of mean absolute error on `items`, what is thought of them, and their prices"""
-        prompts = encode_run(items, tokenizer, vars(args), prompt, index)
+        prompts = [e.prompt for e in encode_run(items, tokenizer, vars(args), prompt, index)]
         truth = np.array([item.price for item in items])
         model.eval()
         found = forecast(model, tree, prompts, head, batch_tokens=args.batch_tokens)
@@ -310,7 +312,7 @@ def train(args: argparse.Namespace, settled: dict | None = None) -> None:
             if args.patience and len(checks) - 1 - checks.index(min(checks)) >= args.patience:
                 print(f"\nstopped    no better validation error in {args.patience} checks")
                 break
-        if saving and (args.keep == "last" or (checks and min(checks)[1] == step)):
+        if saving:
             save()
             saved_at = step
     bar.close()

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from pricer import run_main
 from pricing.console import table
 from pricing.metrics import paired_difference
 from pricing.report import paired_errors
@@ -82,9 +83,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("ablation"), help="directory of the runs and of table.json")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, on the GPUs in turn")
     args, common = parser.parse_known_args()  # what is left goes to every train.py
+    if args.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
     rows, measured = json.loads(args.rows.read_text()), {}
+    if not isinstance(rows, dict) or not rows:
+        raise ValueError(f"{args.rows} must hold an object: a name and a list of options for each row")
     if args.out.exists() or len({report_of(args.out, name) for name in rows}) < len(rows):
-        raise SystemExit(f"error: {args.out} exists already, or two of the rows are named alike but for signs")
+        raise ValueError(f"{args.out} exists already, or two of the rows are named alike but for signs")
     args.out.mkdir(parents=True)
     # More threads than cores wait for one another by spinning: four pricings at once on two cores took eight times as
     # long.
@@ -121,6 +126,8 @@ def main() -> None:
     for one in waiting:
         one.result()  # raises what a row did not expect
     show({name: measured[name] for name in rows if name in measured})
+    if failed := [name for name in rows if "failed" in measured[name]]:
+        raise ValueError(f"{len(failed)} of {len(rows)} rows failed: {', '.join(failed)}")
 
 
 def show(measured: dict[str, dict]) -> None:
@@ -142,4 +149,4 @@ def show(measured: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -9,9 +9,7 @@ and always run; the others take minutes on a CPU, so what they guess is kept in 
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from pricing.files import whole_file
 from pricing.items import MAX_PRICE, MIN_PRICE, Item, sample
 from pricing.sources import cache_directory
 
@@ -213,7 +212,6 @@ def run_baselines(train: list[Item], test: list[Item], every: bool, device: str 
         kept[name] = {"seconds": round(time.perf_counter() - started, 2), "guess": [round(float(g), 2) for g in guess]}
     if missing:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as part:
-            json.dump(kept, part)
-        os.replace(part.name, path)
+        with whole_file(path) as part:
+            part.write_text(json.dumps(kept))
     return {name: kept[name] | {"guess": np.array(kept[name]["guess"])} for name in names}

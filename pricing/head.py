@@ -32,8 +32,6 @@ keeps the order of the quantiles.
 
 import argparse
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -46,6 +44,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pricing.batch import Batch
+from pricing.files import whole_file
 from pricing.intervals import LEVELS, MIDDLE, in_dollars
 
 FILE = "head.safetensors"
@@ -280,15 +279,8 @@ def save_head(head: Head, directory: str | Path) -> Path:
     path = Path(directory) / FILE
     shape = {"inputs": head.inputs, "width": head.members[0].read[0].out_features, "members": len(head.members)}
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".head-", delete=False) as part:
-        try:
-            save_file(tensors, part.name, metadata={"head": json.dumps({"shape": shape, "settings": head.settings})})
-            with open(part.name, "rb") as written:
-                os.fsync(written.fileno())
-            os.chmod(part.name, 0o644)
-            os.replace(part.name, path)
-        finally:
-            Path(part.name).unlink(missing_ok=True)
+    with whole_file(path) as part:
+        save_file(tensors, part, metadata={"head": json.dumps({"shape": shape, "settings": head.settings})})
     return path
 
 

@@ -78,9 +78,10 @@ def calibrated_range(
     """(low, high, whether they could be calibrated): the middle `share` of forecasts (n, 21), moved by what forecasts
     `held` (m, 21) of m validation items with prices `truth` ask for."""
     low, high = central_range(quantiles, share)
+    middle = in_dollars(quantiles[:, MIDDLE])
     if math.ceil(round((len(truth) + 1) * share, 9)) > len(truth):
         return low, high, False
-    return *widen(low, high, conformal_offset(*central_range(held, share), truth, share)), True
+    return *widen(low, middle, high, conformal_offset(*central_range(held, share), truth, share)), True
 
 
 def cross_calibrated_range(quantiles: np.ndarray, share: float, truth: np.ndarray) -> tuple:
@@ -94,8 +95,8 @@ def cross_calibrated_range(quantiles: np.ndarray, share: float, truth: np.ndarra
     return low, high, all(done)
 
 
-def widen(low: np.ndarray, high: np.ndarray, offset: float) -> tuple[np.ndarray, np.ndarray]:
-    """Both ends moved outwards by the factor exp(offset), within the prices there are; ends that would cross meet."""
-    middle = np.sqrt(low * high)
+def widen(low: np.ndarray, middle: np.ndarray, high: np.ndarray, offset: float) -> tuple[np.ndarray, np.ndarray]:
+    """Both ends moved outwards by the factor exp(offset), within the prices there are, and never past `middle`, the
+    guess: a range that left out the price printed beside it would be no range of it."""
     low, high = np.minimum(low * math.exp(-offset), middle), np.maximum(high * math.exp(offset), middle)
     return np.clip(low, MIN_PRICE, MAX_PRICE), np.clip(high, MIN_PRICE, MAX_PRICE)

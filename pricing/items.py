@@ -2,8 +2,8 @@
 reason.
 
 A row has `price` (US dollars) and either `text`, or `title` and any of `category`, `brand`, `description`. `split`
-(train, val or test) is optional: without it the split is a hash of the normalised title, so that variants of one
-product never lie on both sides, and training and evaluation agree without a side file.
+(train, val or test) is optional: without it the split is a hash of the normalised title, so that items of one
+title never lie on both sides, and training and evaluation agree without a side file.
 """
 
 import csv
@@ -91,9 +91,14 @@ def parse_price(value) -> float:
     return price
 
 
+def readable(value) -> str:
+    """Any cell as text that can be written: half a surrogate pair, legal in JSON, becomes a question mark"""
+    return str(value).encode("utf-8", "replace").decode() if value is not None else ""
+
+
 def clean(value) -> str:
     """Any cell as one line of text."""
-    return " ".join(str(value).split()) if value is not None else ""
+    return " ".join(readable(value).split())
 
 
 def text_of(row: dict) -> str:
@@ -103,7 +108,7 @@ def text_of(row: dict) -> str:
     """
     for key in ("text",) if clean(row.get("description")) else ("text", "summary", "prompt"):
         if clean(row.get(key)):
-            return ANSWER.sub("", QUESTION.sub("", str(row[key]).strip())).strip()
+            return ANSWER.sub("", QUESTION.sub("", readable(row[key]).strip())).strip()
     title, brand, description = (clean(row.get(key)) for key in ("title", "brand", "description"))
     said = brand.lower() in f"{title} {description}".lower()
     lines = [title, clean(row.get("category")), "" if said else brand, description]
@@ -146,7 +151,7 @@ def read_rows(path: str | Path, need_price: bool = True) -> Iterator[tuple[int, 
                 if line.strip():
                     try:
                         yield number, json.loads(line)
-                    except json.JSONDecodeError:
+                    except (ValueError, RecursionError):  # no JSON, or a number or nesting beyond all measure
                         yield number, None
     elif kind == ".csv":
         with open(path, encoding="utf-8-sig", errors="replace", newline="") as lines:

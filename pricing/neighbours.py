@@ -1,8 +1,7 @@
-"""What similar products cost: the nearest training items by tf-idf, as a line for the prompt and as a guess.
+"""What similar products cost: the nearest training items by tf-idf, as a line for the prompt.
 
     index = build(train_items)                      index.save(path)        Index.load(path)
     rows, similarity = index.nearest(items, k=5)    price_line(index.prices[rows[0][rows[0] >= 0]])
-    index.guess(items, k=5)                         dollars
 
 A text is the vector of its words and word pairs, each counted as (1 + log tf) (1 + log((1 + n) / (1 + df))), as
 scikit-learn's TfidfVectorizer has it, scaled to length 1; two texts are as near as the cosine of theirs, 0 to 1.
@@ -13,8 +12,6 @@ and digits, lower case), so that one training item sees of the others what a tes
 """
 
 import hashlib
-import os
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from pricing.baselines import WORD
+from pricing.files import whole_file
 from pricing.items import Item, normalise_title
 
 INDEX = "neighbours.npz"  # in a checkpoint
@@ -78,17 +76,8 @@ class Index:
                 rows[i, : len(best)], similarity[i, : len(best)] = best, row[best]
         return rows, similarity
 
-    def guess(self, items: list[Item], k: int = 5) -> np.ndarray:
-        """The median price of the k nearest, weighted by similarity; of all training items where none is near.
-        -> (items,) dollars"""
-        rows, similarity = self.nearest(items, k)
-        alone = similarity.sum(axis=1) == 0
-        similarity[alone, 0] = 1  # the weight of some price, replaced below
-        return np.where(alone, np.median(self.prices), weighted_median(self.prices[rows], similarity))
-
     def save(self, path: str | Path) -> None:
         """One .npz of plain arrays, whole or not at all; words as UTF-8, a line each. No pickle."""
-        path = Path(path)
         arrays = {
             "words": np.frombuffer("\n".join(self.words).encode(), np.uint8),
             "idf": self.idf,
@@ -98,15 +87,8 @@ class Index:
             "prices": self.prices,
             "keys": self.keys,
         }
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".neighbours-", delete=False) as part:
-            try:
-                np.savez(part, **arrays)
-                part.flush()
-                os.fsync(part.fileno())
-                os.chmod(part.name, 0o644)
-                os.replace(part.name, path)
-            finally:
-                Path(part.name).unlink(missing_ok=True)
+        with whole_file(path) as part, open(part, "wb") as handle:  # savez would add .npz to a name
+            np.savez(handle, **arrays)
 
     @staticmethod
     def load(path: str | Path) -> "Index":
@@ -138,16 +120,6 @@ def build(train: list[Item]) -> Index:
     matrix.sort_indices()
     prices = np.array([item.price for item in train])
     return Index(vectors.get_feature_names_out().tolist(), vectors.idf_, matrix, prices, keys_of(train))
-
-
-def weighted_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The least value with at least half of the weight at or below it, row by row: argmin_x sum_j w_j |x - v_j|.
-    (n, k), (n, k) weights >= 0, not all 0 in a row -> (n,)"""
-    order = np.argsort(values, axis=1, kind="stable")
-    values, weights = (np.take_along_axis(np.asarray(a, float), order, axis=1) for a in (values, weights))
-    reached = weights.cumsum(axis=1)
-    at = (reached >= reached[:, -1:] / 2 * (1 - 1e-12)) & (weights > 0)
-    return values[np.arange(len(values)), at.argmax(axis=1)]
 
 
 def price_line(prices) -> str:

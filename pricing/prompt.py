@@ -48,8 +48,9 @@ def answer_text(dollars: int) -> str:
     return f"{dollars}.00"
 
 
-def encode_prompt(text: str, tokenizer, max_tokens: int, template: str = PROMPT) -> list[int]:
-    """Ids of the question around the item's text; where it is too long, the text is cut, never the question.
+def encode_prompt(text: str, tokenizer, max_tokens: int, template: str = PROMPT) -> tuple[list[int], bool]:
+    """Ids of the question around the item's text; where it is too long, the text is cut, never the question. And
+    whether it was.
 
     `tokenizer` has encode_prompt, encode_answer and decode. Raises ValueError if the question alone does not fit.
     """
@@ -59,7 +60,7 @@ def encode_prompt(text: str, tokenizer, max_tokens: int, template: str = PROMPT)
 
     ids = ids_of(text)
     if len(ids) <= max_tokens:
-        return ids
+        return ids, False
     if len(ids_of("")) >= max_tokens:
         raise ValueError(f"the question alone takes {len(ids_of(''))} tokens, --max-tokens is {max_tokens}")
     # Characters, not ids, are cut: the ids of a shorter text are not always a prefix. Bisect for the longest that fits.
@@ -67,14 +68,13 @@ def encode_prompt(text: str, tokenizer, max_tokens: int, template: str = PROMPT)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if len(ids_of(text[:middle].rstrip())) <= max_tokens else (low, middle - 1)
-    return ids_of(text[:low].rstrip())
+    return ids_of(text[:low].rstrip()), True
 
 
 def encode_items(items: list[Item], tokenizer, max_tokens: int, templates: list[str] | None = None) -> list[Example]:
     """An Example for each item, by its own template; `max_tokens` bounds the prompt (the answer adds up to 6)."""
     examples = []
     for item, template in zip(items, templates or [PROMPT] * len(items), strict=True):
-        prompt = encode_prompt(item.text, tokenizer, max_tokens, template)
-        cut = len(tokenizer.encode_prompt(template.replace("{text}", item.text))) > max_tokens
+        prompt, cut = encode_prompt(item.text, tokenizer, max_tokens, template)
         examples.append(Example(prompt, tokenizer.encode_answer(answer_text(item.dollars)), item.price, cut))
     return examples

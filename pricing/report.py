@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pricing.items import Item
+from pricing.items import Item, normalise_title
 from pricing.metrics import colour, paired_difference
 
 COLUMNS = ["id", "title", "truth", "guess", "low", "high", "error", "colour"]
@@ -53,8 +53,11 @@ def read_predictions(report: str | Path) -> dict[tuple, list[float]]:
     return errors
 
 
-def paired_errors(a: str | Path, b: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """The errors of two reports, item by item, in dollars. Raises ValueError where they are not of the same items."""
+def paired_errors(a: str | Path, b: str | Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """The errors of two reports, item by item, in dollars, and the items' titles, for paired_difference.
+
+    Raises ValueError where they are not of the same items.
+    """
     of_a, of_b = read_predictions(a), read_predictions(b)
     if {key: len(e) for key, e in of_a.items()} != {key: len(e) for key, e in of_b.items()}:
         raise ValueError(
@@ -62,16 +65,18 @@ def paired_errors(a: str | Path, b: str | Path) -> tuple[np.ndarray, np.ndarray]
             f"{len(of_b.keys() - of_a.keys()):,} only in the second): only errors of the same items can be compared"
         )
     errors_a, errors_b = (np.array([error for key in of_a for error in of[key]]) for of in (of_a, of_b))
-    return errors_a, errors_b
+    return errors_a, errors_b, [normalise_title(key[1]) for key in of_a for _ in of_a[key]]
 
 
 def compare_reports(a: str | Path, b: str | Path, seed: int = 0) -> str:
     """The paired difference of two reports in words."""
-    errors_a, errors_b = paired_errors(a, b)
-    paired = paired_difference(errors_a, errors_b, seed)
+    errors_a, errors_b, products = paired_errors(a, b)
+    paired = paired_difference(errors_a, errors_b, products, seed)
     low, high = paired["ci95"]
     better = a if high < 0 else b if low > 0 else None
-    verdict = f"{better} is better" if better else "no difference that these items can show"
+    verdict = "no difference that these items can show"
+    if better:
+        verdict = f"{better} is better on such items; what another seed would change, this does not say"
     return (
         f"{a}  off by ${errors_a.mean():.2f} on average\n{b}  off by ${errors_b.mean():.2f} on average\n"
         f"first less second, over the same {len(errors_a):,} items: {signed(paired['difference'])} "

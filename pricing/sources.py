@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 import urllib.error
 import urllib.request
 import zipfile
@@ -13,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pricing import catalogue
+from pricing.files import whole_file
 from pricing.items import Item, Skipped, items_from_rows, read_rows
 
 # 66,778 PC parts scraped from PCPartPicker in July 2025 (MIT licence); about a quarter carry a price in range.
@@ -31,24 +31,19 @@ def download(url: str, sha256: str, path: Path) -> Path:
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".download-", delete=False) as part:
-        try:
-            with urllib.request.urlopen(url, timeout=60) as response:
+    try:
+        with whole_file(path) as part:
+            with urllib.request.urlopen(url, timeout=60) as response, open(part, "wb") as handle:
                 size = int(response.headers.get("Content-Length") or 0)
                 with tqdm(desc=f"fetching {path.name}", total=size or None, unit="B", unit_scale=True) as bar:
                     while chunk := response.read(1 << 16):
-                        part.write(chunk)
+                        handle.write(chunk)
                         bar.update(len(chunk))
-            part.flush()
-            os.fsync(part.fileno())
-            found = hashlib.sha256(Path(part.name).read_bytes()).hexdigest()
+            found = hashlib.sha256(part.read_bytes()).hexdigest()
             if found != sha256:
                 raise OSError(f"{url} has sha256 {found}, expected {sha256}: cut short or changed")
-            os.replace(part.name, path)
-        except urllib.error.URLError as error:
-            raise OSError(f"cannot fetch {url}: {error.reason}") from None
-        finally:
-            Path(part.name).unlink(missing_ok=True)
+    except urllib.error.URLError as error:
+        raise OSError(f"cannot fetch {url}: {error.reason}") from None
     return path
 
 

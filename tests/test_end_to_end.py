@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from evaluate import BLEND, blended
 from forecast import Run, read_held
+from options import training_options
 from pricing.baselines import BASELINES
 from pricing.items import split_of
 from pricing.prompt import encode_prompt
@@ -145,7 +146,7 @@ def test_what_the_head_reads_is_about_one_whatever_the_norms_weights(place, tmp_
     data = "--data", place / "items.jsonl"
     run("train.py", "--model", tmp_path / "model", *data, "--out", tmp_path / "out", *options)
     opened = Run(tmp_path / "out", torch.device("cpu"), torch.float32)
-    prompts = [encode_prompt(title, opened.tokenizer, 120) for title in ("tin ring", "gold", "brass 7, silver 8")]
+    prompts = [encode_prompt(title, opened.tokenizer, 120)[0] for title in ("tin ring", "gold", "brass 7, silver 8")]
     states = last_states(opened.model, prompts, None)
     assert 0.8 < np.sqrt(np.square(states).mean()) / opened.heads[0].spread.unique().item() < 1.25
 
@@ -170,6 +171,13 @@ def test_predict_prices_a_text_and_a_file(place):
     assert lines[0] == "text,price,low,high" and len(list(csv.reader(io.StringIO(table)))) == 3
     prices = [int(r[1]) for r in list(csv.reader(io.StringIO(table)))[1:]]
     assert prices[0] > 500 and prices[1] < 60
+    (place / "new.txt").write_text("\n".join(f"{word} {n} " * n for n, word in enumerate(3 * list(WORDS), 1)))
+    command = "--ckpt", place / "out", "--file", place / "new.txt"
+    table, said = run("predict.py", *command)
+    assert "3 of 12 texts are longer than the run's --max-tokens 140 and were cut" in said
+    in_fives = "import sys, predict; predict.CHUNK = 5; sys.argv[0] = 'predict.py'; predict.main()"
+    again, _ = run("-c", in_fives, *command)
+    assert again == table and len(list(csv.reader(io.StringIO(table)))) == 13
 
 
 def test_merged_weights_give_the_prices_of_the_adapter(place):
@@ -327,7 +335,16 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(place, tmp_path):
     (tmp_path / "damaged" / "run.json").write_text("{}")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("do not lose me")
+    row = {"title": "tin 1", "price": 8, "description": "tin", "split": "train"}
+    (tmp_path / "no_val.jsonl").write_text(json.dumps(row))
+    (tmp_path / "rows.json").write_text('{"a": []}')
+    ablation = ["-m", "benchmarks.ablation", "--rows", tmp_path / "rows.json", "--out", tmp_path / "rows"]
+    best = ["--keep", "best"]
     cases = [
+        (["train.py", *model, "--data", tmp_path / "no_val.jsonl", *best], "no_val.jsonl: no item is in the val split"),
+        (["-m", "benchmarks.ablation", "--rows", tmp_path / "no.json"], "no.json"),
+        ([*ablation, "--jobs", "0"], "--jobs must be at least 1"),
+        ([*ablation, "--data", tmp_path / "empty.jsonl"], "1 of 1 rows failed: a"),
         (["train.py", *model, "--data", tmp_path / "no.jsonl"], "no.jsonl does not exist"),
         (["train.py", *model, "--data", tmp_path / "empty.jsonl"], "empty.jsonl holds no usable item: it is empty"),
         (["train.py", *model, *data, "--strict"], "items.jsonl, row 701: one of the rows with an unreadable price"),
@@ -388,10 +405,15 @@ def test_the_blend_is_a_weighted_mean_in_log_price():
     np.testing.assert_allclose(blended(np.array([100.0]), np.array([200.0]), np.array([50.0])), [expected])
 
 
+def test_checkpoints_that_would_not_be_kept_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        training_options(["--keep", "best", "--save-every", "2"])
+    assert "--keep best saves at every best check, and only there; leave out --save-every" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("*.json")))
 def test_every_row_of_the_ablations_is_made_of_options_that_there_are(file):
     from benchmarks.ablation import options_of
-    from options import training_options
 
     for name, row in json.loads(file.read_text()).items():
         training, head, evaluating = options_of(row)
@@ -442,6 +464,13 @@ def test_members_are_whole_runs_and_their_forecasts_are_averaged_with_neighbours
     _, err = run("evaluate.py", "--ckpt", tmp_path / "two", code=2)
     assert "head.safetensors is missing" in err
     shutil.move(tmp_path / "away", tmp_path / "two" / "head.safetensors")
+    mixed = tmp_path / "mixed"
+    shutil.copytree(tmp_path / "two", mixed)
+    cut_short = "import forecast, pricing.head as h; forecast.load_adapter = None; h.main()"  # at the second member
+    run("-c", cut_short, "--ckpt", mixed, "--epochs", "2", "--blocks", "1", "--width", "16", code=1)
+    for script in ("evaluate.py", "predict.py"):
+        _, err = run(script, "--ckpt", mixed, *["gold"][: script == "predict.py"], code=2)
+        assert f"the heads of {mixed} and of {mixed / 'members' / '1'} are of two kinds" in err
     shutil.rmtree(other)
     _, err = run("predict.py", "--ckpt", tmp_path / "two", "gold ring", code=2)
     assert "holds 1 of its 2 members; go on with train.py --resume" in err

@@ -58,11 +58,12 @@ def test_offset_by_hand():
 
 
 def test_ends_move_by_a_factor_and_never_cross():
-    low, high = widen(np.array([40.0, 2.0]), np.array([90.0, 800.0]), math.log(2))
+    middle = np.array([45.0, 40.0])
+    low, high = widen(np.array([40.0, 2.0]), middle, np.array([90.0, 800.0]), math.log(2))
     np.testing.assert_allclose(low, [20, 1])
     np.testing.assert_allclose(high, [180, 999.49])
-    low, high = widen(np.array([40.0]), np.array([90.0]), -math.log(2))
-    np.testing.assert_allclose([low[0], high[0]], [60, 60])  # their geometric middle
+    low, high = widen(np.array([40.0, 2.0]), middle, np.array([90.0, 800.0]), -math.log(2))
+    np.testing.assert_allclose([low, high], [[45, 4], [45, 400]])  # no further than the guess
 
 
 def draw(rng, shape, centre_bias, width):
@@ -98,7 +99,7 @@ def test_coverage_of_ranges_of_a_distribution_over_dollars(sharpness):
     p = np.exp(-0.5 * (np.log((dollars + 0.25) / centre[:, None]) * sharpness / 0.3) ** 2) / (dollars + 0.25)
     low, high = central_range(log_quantiles(p / p.sum(1, keepdims=True)), 0.8)
     before = ((truth >= low) & (truth <= high))[2000:].mean()
-    low, high = widen(low, high, conformal_offset(low[:2000], high[:2000], truth[:2000], 0.8))
+    low, high = widen(low, centre, high, conformal_offset(low[:2000], high[:2000], truth[:2000], 0.8))
     after = ((truth >= low) & (truth <= high))[2000:].mean()
     assert 0.77 < after < 0.83, after
     if sharpness != 1.0:
@@ -125,7 +126,8 @@ def test_ranges_are_moved_by_what_held_out_forecasts_ask_for():
     low, high, calibrated = calibrated_range(quantiles[:3], 0.9, quantiles, truth)
     offset = conformal_offset(*central_range(quantiles, 0.9), truth, 0.9)
     assert calibrated and abs(offset) > 0.01
-    expected = widen(*central_range(quantiles[:3], 0.9), offset)
+    low_end, high_end = central_range(quantiles[:3], 0.9)
+    expected = widen(low_end, np.exp(quantiles[:3, MIDDLE]), high_end, offset)
     np.testing.assert_array_equal([low, high], expected)
     low, high, calibrated = calibrated_range(quantiles[:3], 0.95, quantiles, truth)  # would need 19 items
     assert not calibrated
@@ -143,5 +145,5 @@ def test_validation_items_are_calibrated_by_their_other_half():
     assert calibrated and 0.74 < np.mean((low <= truth) & (truth <= high)) < 0.86
     by_odd = calibrated_range(quantiles[::2], 0.8, quantiles[1::2], truth[1::2])
     np.testing.assert_array_equal(low[::2], by_odd[0])
-    assert not np.allclose(low, widen(*central_range(quantiles, 0.8), own)[0])
+    assert not np.allclose(low, central_range(quantiles, 0.8)[0] * math.exp(-own))
     assert not cross_calibrated_range(quantiles[:6], 0.8, truth[:6])[2]

@@ -86,6 +86,20 @@ def test_what_is_hard_for_both_does_not_hide_a_difference():
     assert paired_difference(a, b, seed=1) == paired_difference(a, b, seed=1) != paired_difference(a, b, seed=2)
 
 
+def test_groups_are_drawn_whole():
+    """100 products of which each stands there 9 times: their interval is that of the 100, not of the 900."""
+    values = np.random.default_rng(1).normal(50, 20, 100)
+    titles = [f"product {n}" for n in range(100)] * 9
+    assert bootstrap_interval(np.tile(values, 9), titles) == pytest.approx(bootstrap_interval(values), abs=1)
+    low, high = bootstrap_interval(np.tile(values, 9))
+    half = 1.96 * values.std() / 10
+    np.testing.assert_allclose([low, high], [values.mean() - half / 3, values.mean() + half / 3], atol=0.3)
+    # Of unequal groups: 1 item off by 0 and 3 off by 4, so that a draw's mean is 0, 3 (one of each) or 4.
+    errors, zeros = np.array([0.0, 4.0, 4.0, 4.0]), np.zeros(4)
+    assert paired_difference(errors, zeros, ["a", "b", "b", "b"]) == {"difference": 3.0, "ci95": [0.0, 4.0]}
+    assert score(errors + 1, zeros + 1, 1.0, [""] * 4, groups=["a", "b", "b", "b"])["mae_ci95"] == [0.0, 4.0]
+
+
 @pytest.mark.parametrize("a, b", [([], []), ([1.0], [1.0, 2.0]), ([1.0, 2.0], [1.0])])
 def test_errors_of_different_items_are_not_compared(a, b):
     with pytest.raises(ValueError, match=f"errors of {len(a)} items with those of {len(b)}"):

@@ -83,6 +83,17 @@ def test_bad_rows_are_counted_by_reason_or_named_with_strict(tmp_path):
         items_from_rows(read_rows(path), str(path), strict=True)
 
 
+def test_what_no_file_can_hold_spoils_no_other_row(tmp_path):
+    """Half an emoji, a number of 5,000 digits and lists 100,000 deep, all of them legal JSON"""
+    path = tmp_path / "items.jsonl"
+    half = '{"title": "caf\\ud83d mug", "price": 12}', '{"text": "mug \\ud83d", "price": 12, "id": "\\udc00"}'
+    path.write_text("\n".join([*half, '{"price": ' + "9" * 5000 + "}", "[" * 100_000, json.dumps(row())]))
+    items, skipped = items_from_rows(read_rows(path), str(path))
+    assert [item.title for item in items] == ["caf? mug", "mug ?", "Steel mug"] and items[1].id == "?"
+    assert str(skipped) == "2 rows that are no object (first: row 3)"
+    assert len(sample(items, 2)) == 2
+
+
 @pytest.mark.parametrize("content", ["", "\n\n", '{"price": 0}\n'])
 def test_nothing_usable_is_an_error_that_names_the_file(tmp_path, content):
     path = tmp_path / "empty.jsonl"
@@ -302,9 +313,9 @@ def test_every_batch_has_the_same_shape_and_an_item_that_is_too_long_is_named():
 
 
 def test_long_texts_are_cut_but_never_the_question(tokenizer):
-    full = encode_prompt("x" * 500, tokenizer, 10_000)
-    ids = encode_prompt("x" * 500, tokenizer, 100)
-    assert len(ids) == 100 and len(full) > 500
+    full, full_cut = encode_prompt("x" * 500, tokenizer, 10_000)
+    ids, cut = encode_prompt("x" * 500, tokenizer, 100)
+    assert len(ids) == 100 and len(full) > 500 and cut and not full_cut
     assert tokenizer.decode(ids).startswith("How much does this cost") and tokenizer.decode(ids).endswith(
         "xx\n\nPrice is $"
     )
