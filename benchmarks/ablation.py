@@ -1,9 +1,10 @@
 """One lever at a time: train and price for every row of a table, beside the first row, on validation items.
 
-    python -m benchmarks.ablation --rows benchmarks/ablation.json --data pc-parts --out ablation/
-    python -m benchmarks.ablation --rows benchmarks/final.json --data pc-parts --split test --out final/
+    python -m benchmarks.ablation --rows benchmarks/ablation.json --data pc-parts --epochs 10 --out ablation/
+    python -m benchmarks.ablation --rows benchmarks/final.json --data pc-parts --epochs 10 --split test --out final/
 
-A row is a name and options of train.py; behind the word `head` those of pricing.head, which is then trained
+Options of train.py on the command line are all rows' own (benchmarks/README.md names the recipe's). A row is a name and
+further options, which take precedence; behind the word `head` those of pricing.head, which is then trained
 afterwards; behind the word `evaluate` those of evaluate.py:
 `{"plain": [], "three epochs": ["--epochs", "3"], "its mean": ["--epochs", "3", "evaluate", "--decode", "mean"]}`. Rows
 that only decode otherwise share one training. The differences to the first row are paired, item by item, with

@@ -1,6 +1,6 @@
 """Error against items seen, beside a random forest on the same items, from ablation tables, as one picture.
 
-    python -m benchmarks.ablation --rows benchmarks/learning_curve.json --data pc-parts --out curve/
+    python -m benchmarks.ablation --rows benchmarks/learning_curve.json --data pc-parts --prompt compact --out curve/
     python -m benchmarks.learning_curve SmolLM2-135M=curve/table.json --out docs/learning_curve.png
 """
 
