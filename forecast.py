@@ -189,7 +189,10 @@ class Run:
         if not len(price):
             return np.zeros((0, len(LEVELS))), price
         if missing := [path for path, part in zip(self.paths, parts, strict=True) if not set(kinds) <= set(part)]:
-            raise ValueError(f"{missing[0] / HELD} lacks what ranges of {decode} are calibrated by")
+            raise ValueError(
+                f"{missing[0] / HELD} lacks what ranges of {decode} are calibrated by; train the head anew with "
+                f"`python -m pricing.head --ckpt {self.paths[0]}`"
+            )
         return np.mean([part[kind] for part in parts for kind in kinds], axis=0), price
 
 

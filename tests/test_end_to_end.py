@@ -23,6 +23,7 @@ from forecast import Run, read_held
 from options import training_options
 from pricing.baselines import BASELINES
 from pricing.items import split_of
+from pricing.metrics import bootstrap_interval
 from pricing.prompt import encode_prompt
 from states import last_states
 
@@ -109,6 +110,8 @@ def test_evaluating_twice_gives_the_same_numbers(place):
     run("evaluate.py", "--ckpt", place / "out", "--quiet", "--no-untuned", "--batch-tokens", "700")
     second = metrics_of(place)
     assert (place / "out" / "report" / "predictions.csv").read_text() == rows
+    errors, titles = zip(*((float(r["error"]), r["title"]) for r in csv.DictReader(io.StringIO(rows))), strict=True)
+    assert second["mae_ci95"] == pytest.approx(bootstrap_interval(np.array(errors), titles), abs=0.01)
     for key in ("mae", "rmsle", "coverage", "width", "hits", "ratio", "bias", "r2"):
         assert second[key] == pytest.approx(first[key], rel=1e-5), key  # batches of other sizes, in float32
 
@@ -466,8 +469,12 @@ def test_members_are_whole_runs_and_their_forecasts_are_averaged_with_neighbours
     shutil.move(tmp_path / "away", tmp_path / "two" / "head.safetensors")
     mixed = tmp_path / "mixed"
     shutil.copytree(tmp_path / "two", mixed)
-    cut_short = "import forecast, pricing.head as h; forecast.load_adapter = None; h.main()"  # at the second member
-    run("-c", cut_short, "--ckpt", mixed, "--epochs", "2", "--blocks", "1", "--width", "16", code=1)
+    fit = "--ckpt", mixed, "--epochs", "2", "--blocks", "1", "--width", "16"
+    cut_short = "import forecast, pricing.head as h; forecast.{} = None; h.main()"
+    run("-c", cut_short.format("save_head"), *fit, code=1)  # between forecasts and head
+    _, err = run("predict.py", "--ckpt", mixed, "gold", code=2)
+    assert "lacks what ranges of blend are calibrated by; train the head anew" in err
+    run("-c", cut_short.format("load_adapter"), *fit, code=1)  # at the second member
     for script in ("evaluate.py", "predict.py"):
         _, err = run(script, "--ckpt", mixed, *["gold"][: script == "predict.py"], code=2)
         assert f"the heads of {mixed} and of {mixed / 'members' / '1'} are of two kinds" in err
