@@ -110,19 +110,12 @@ def items_of(args: argparse.Namespace, run: Run) -> tuple[list[Item], list[Item]
     return train, sample(test, args.items)
 
 
-def main() -> None:
-    args = parse_arguments()
-    if args.compare:
-        return print(compare_reports(*args.compare))
-    device = pick_device(args.device)
-    run = Run(args.ckpt, device, pick_dtype(args.dtype, device))
-    train, test = items_of(args, run)
-    truth, categories = np.array([item.price for item in test]), [item.category for item in test]
-    products = [normalise_title(item.title) for item in test]
-    prompts = run.prompts(test)
-    constant, fallback = float(np.mean([i.price for i in train])), float(np.median([i.price for i in train]))
+def price(args: argparse.Namespace, run: Run, test: list[Item], prompts: list, fallback: float) -> tuple:
+    """(guesses, (low, high) of their ranges, what metrics.json says of the pricing), a line on the screen an item.
 
-    # ---- fine-tuned ------------------------------------------------------------------------------------------------
+    A greedy text that is no price says nothing: it is priced like an unknown product, at `fallback` dollars.
+    """
+    truth = np.array([item.price for item in test])
     decode, share = run.decoding(args.decode), args.interval / 100
     ranged = decode if decode in ("head", "blend") else "median"  # what the price ranges go by
     held = run.held(ranged)
@@ -145,21 +138,45 @@ def main() -> None:
         lambda indices, part: show(indices, guess_of(part) if written is None else written[indices]),
     )  # fmt: skip
     guess = guess_of(found) if written is None else written
-    failures = int(np.isnan(guess).sum())
     if args.split == "val":
         low, high, calibrated = cross_calibrated_range(found.quantiles(ranged), share, truth)
     else:
         low, high, calibrated = calibrated_range(found.quantiles(ranged), share, *held)
+    bar.close()
     if not calibrated:
         print("ranges     are the model's own: there are too few validation items to calibrate them")
-    interval = low, high
-    seconds = time.perf_counter() - started
-    bar.close()
-    # A greedy text that is no price says nothing: it is priced like an unknown product, and counted.
-    guess = np.where(np.isnan(guess), fallback, guess)
-    metrics = score(truth, guess, constant, categories, failures, interval, products)
-    metrics |= {"train_items": len(train), "members": len(run.paths)}
-    metrics |= {"seconds": round(seconds, 2), "decode": decode, "share": share, "calibrated": calibrated}
+    said = {"seconds": round(time.perf_counter() - started, 2), "decode": decode, "share": share}
+    said |= {"calibrated": calibrated, "parse_failures": int(np.isnan(guess).sum())}
+    return np.where(np.isnan(guess), fallback, guess), (low, high), said
+
+
+def about(run: Run, args: argparse.Namespace, decode: str, trained: int) -> str:
+    """What the report says of the run, in one sentence"""
+    by = {"head": "the head's median", "blend": "the medians of head and distribution, blended"}
+    by = by.get(decode, f"{decode} of the distribution over whole dollars")
+    by += f", mean of {len(run.paths)} members" if len(run.paths) > 1 else ""
+    options = run.options
+    return (
+        f"{options['model']}, {options['bits']} bits, LoRA rank {options['rank']} on {options['targets']}, "
+        f"{run.about['steps']:,} steps on {trained:,} items of {options['data']}; {by}; "
+        f"{args.split} items of {args.data or options['data']}, split by title."
+    )
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.compare:
+        return print(compare_reports(*args.compare))
+    device = pick_device(args.device)
+    run = Run(args.ckpt, device, pick_dtype(args.dtype, device))
+    train, test = items_of(args, run)
+    truth, categories = np.array([item.price for item in test]), [item.category for item in test]
+    products = [normalise_title(item.title) for item in test]
+    constant, fallback = float(np.mean([i.price for i in train])), float(np.median([i.price for i in train]))
+    prompts = run.prompts(test)
+    guess, interval, said = price(args, run, test, prompts, fallback)
+    metrics = score(truth, guess, constant, categories, interval=interval, groups=products)
+    metrics |= said | {"train_items": len(train), "members": len(run.paths)}
     comparison = {"fine-tuned": metrics}
 
     def add(name: str, other: np.ndarray, seconds: float) -> None:
@@ -182,7 +199,7 @@ def main() -> None:
         add(name, result["guess"], result["seconds"])
     if args.baselines:
         parts = guess, others["random forest"], others["residual network"]
-        add(BLEND, blended(*parts), seconds + sum(comparison[name]["seconds"] for name in BLENDED))
+        add(BLEND, blended(*parts), said["seconds"] + sum(comparison[name]["seconds"] for name in BLENDED))
     kept = ("mae", "mae_ci95", "median_error", "rmsle", "hits", "ratio", "seconds", "above")
     metrics["comparison"] = {name: {k: m[k] for k in kept if k in m} for name, m in comparison.items()}
     leaked = leaks([item.text for item in train], [item.text for item in test])
@@ -194,18 +211,9 @@ def main() -> None:
         metrics["least_mae"] = float(np.mean([least_error(item.fair_price) for item in test]))
 
     # ---- report ----------------------------------------------------------------------------------------------------
-    by = {"head": "the head's median", "blend": "the medians of head and distribution, blended"}
-    by = by.get(decode, f"{decode} of the distribution over whole dollars")
-    by += f", mean of {len(run.paths)} members" if len(run.paths) > 1 else ""
-    options = run.options
-    about = (
-        f"{options['model']}, {options['bits']} bits, LoRA rank {options['rank']} on {options['targets']}, "
-        f"{run.about['steps']:,} steps on {len(train):,} items of {options['data']}; {by}; "
-        f"{args.split} items of {args.data or options['data']}, split by title."
-    )
     out = Path(args.ckpt) / ("report" if args.split == "test" else "report_val")
     with write_directory(out) as part:
-        write_report(part, metrics, test, guess, interval, comparison, about)
+        write_report(part, metrics, test, guess, interval, comparison, about(run, args, said["decode"], len(train)))
     print(table(*comparison_table(comparison)))
     print(headline(metrics, fallback))
     print(f"report in {out}/report.html")

@@ -8,9 +8,7 @@ A forecast is kept as 21 quantiles of the log price (pricing.intervals.LEVELS). 
 by the head, or by several members of a run, are averaged quantile by quantile in log price.
 """
 
-import argparse
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -22,16 +20,16 @@ from safetensors.numpy import load_file, save_file
 
 from llama.model import Llama
 from lora.adapter import load_adapter
-from pricer import load_run, pick_device, pick_dtype, read_run, run_items
+from pricer import load_run, read_run, run_items
 from pricing.batch import by_length
 from pricing.decode import PriceTree, price_distribution
 from pricing.files import whole_file
-from pricing.head import FILE, Head, Recipe, fit_head, load_head, save_head
+from pricing.head import FILE, Head, load_head
 from pricing.intervals import LEVELS, MIDDLE, in_dollars, log_quantiles
 from pricing.items import Item, sample
 from pricing.neighbours import INDEX, Index, with_neighbours
 from pricing.prompt import Example, encode_items
-from states import READ, adapter_digest, forward_tokens, head_states, kept_states
+from states import READ, adapter_digest, forward_tokens, head_states
 
 HELD = "validation.safetensors"  # a run's own forecasts of its validation items
 MOST_HELD = 1000  # validation items that price ranges are calibrated on: then a share is right within 1.3 %
@@ -247,62 +245,3 @@ def open_head(ckpt: str | Path) -> Head:
             f"train it anew with `python -m pricing.head --ckpt {ckpt}`"
         )
     return head
-
-
-def parse_blocks(text: str | None, layers: int) -> list[int]:
-    """[10, 20, 30] from "10,20,30"; by default a third, two thirds and all of the model's `layers`."""
-    if text is None:
-        return sorted({max(1, round(layers / 3)), max(1, round(2 * layers / 3)), layers})
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--blocks takes numbers joined by commas, as in 10,20,30; got {text!r}") from None
-
-
-def train_head(args: argparse.Namespace, recipe: Recipe) -> None:
-    """What `python -m pricing.head` does: states of the run's training and validation items, a head on them."""
-    run = read_run(args.ckpt)
-    options, device = run["options"], pick_device(args.device)
-    items = run_items(run)
-    by_split = {split: [item for item in items if item.split == split] for split in ("train", "val")}
-    by_split["train"] = sample(by_split["train"], options["train_items"])
-    paths = members(args.ckpt, options)
-    if args.items is not None:
-        by_split["train"] = sample(by_split["train"], args.items)
-    if not all(by_split.values()):
-        raise ValueError(f"{options['data']}: a head needs training and validation items")
-    model, tokenizer = load_run(args.ckpt, run, device, pick_dtype(args.dtype, device))
-    index = Index.load(Path(args.ckpt) / INDEX) if options["neighbours"] else None
-    blocks = parse_blocks(args.blocks, len(model.layers))
-    joined = by_split["train"] + by_split["val"]
-    held_items = sample(by_split["val"], MOST_HELD)
-    for number, ckpt in enumerate(paths):
-        if number:
-            load_adapter(model, ckpt)
-        held = read_held(ckpt)
-        if (Path(ckpt) / FILE).is_file() and load_head(ckpt).settings.get("joint"):
-            print("head       takes the place of the one that was trained with the adapter")
-        settings = {"states": args.states, "blocks": blocks, "mean": args.mean, "adapter": adapter_digest(ckpt)}
-        started, parts = time.perf_counter(), []
-        for chosen in (*by_split.values(), held_items):
-            prompts = [e.prompt for e in encode_run(chosen, tokenizer, options, run["prompt"], index)]
-            parts.append(kept_states(ckpt, run, model, prompts, settings, args.batch_tokens))
-        states = np.concatenate(parts[:2])
-        print(
-            f"states     {args.states}, after block {', '.join(map(str, blocks))}{' and their means' * args.mean}: "
-            f"{states.shape[1]:,} numbers for each of {len(states):,} items in {time.perf_counter() - started:.1f} s"
-        )
-        started = time.perf_counter()
-        head = fit_head(joined, states, recipe, device, settings, lambda line: print(f"head       {line}"))
-        # Cut short between two of these writes, the forecasts lack the head's: the ranges are refused, not wrong.
-        write_held(ckpt, {key: value for key, value in held.items() if key != "head"})
-        saved = save_head(head, ckpt)
-        if len(held["price"]) == len(held_items):
-            write_held(ckpt, held | {"head": head.quantiles(parts[2])})
-        else:
-            print(f"head       {ckpt} has no forecasts of its validation items: ranges will not be calibrated")
-        print(
-            f"head       validation off by ${head.settings['val_mae_dollars']:.2f} on {len(by_split['val']):,} items, "
-            f"trained in {time.perf_counter() - started:.1f} s; saved as {saved}"
-        )
-    print(f"now run    python evaluate.py --ckpt {args.ckpt} --decode head")

@@ -34,12 +34,45 @@ def add_batch_argument(parser) -> None:
     )
 
 
-def training_options(argv=None) -> argparse.Namespace:
+def training_options(argv: list[str] | None = None) -> argparse.Namespace:
     """What train.py is told, checked: what cannot be meant ends here, before anything is read."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         description="Fine-tune a Llama in 4, 8 or 16 bits to tell a product's price from its text.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    for add in (add_base, add_data, add_loss, add_training, add_reporting, add_model_arguments, add_speed):
+        add(parser)
+    args = parser.parse_args(argv)
+    check(parser, args, argv)
+    return args
+
+
+def check(parser, args: argparse.Namespace, argv: list[str]) -> None:
+    """Ends the script in one line where options do not fit together."""
+    least_values = dict(size=1, max_tokens=1, batch_tokens=1, accumulate=1, log_every=1, val_items=0, warmup=0)
+    least_values |= dict(members=1, neighbours=0)
+    for name, least in least_values.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    if not 0 <= args.outlier_threshold < math.inf:
+        parser.error(f"--outlier-threshold must be 0 (none) or greater, got {args.outlier_threshold}")
+    if args.val_items == 0 and (args.keep == "best" or args.patience):
+        parser.error("--keep best and --patience go by validation items; --val-items 0 leaves none")
+    if args.keep == "best" and args.save_every:
+        parser.error("--keep best saves at every best check, and only there; leave out --save-every")
+    if args.memory_budget and (args.readable or args.dropout):
+        parser.error("--memory-budget plans the fast path; leave out --readable and --dropout")
+    given = {word.split("=")[0] for word in argv if word.startswith("--")}
+    if args.resume and (others := given - {"--resume", "--out", "--device"}):
+        parser.error(f"--resume goes on with the options of the first start; leave out {', '.join(sorted(others))}")
+    above_zero = ("epochs", "lr", "clip", "soft_width", "crps_weight", "head_weight", "max_minutes", "max_steps")
+    for name in (*above_zero, "val_every", "save_every", "patience", "train_items"):
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
+
+
+def add_base(parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="smollm2", help="smollm2, gemma3-270m, a directory, a .gguf file or a hub id")
     group.add_argument("--bits", type=int, default=4, choices=BITS, help="4: NF4; 8: LLM.int8(); 16: not quantised")
@@ -61,6 +94,9 @@ def training_options(argv=None) -> argparse.Namespace:
     group.add_argument("--dropout", type=float, default=0.0, help="share of the LoRA branch's inputs set to 0")
     group.add_argument("--rslora", action="store_true", help="scaling is alpha / sqrt(rank)")
     group.add_argument("--targets", default="all-linear", help="all-linear, attention, or names joined by commas")
+
+
+def add_data(parser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data", default="catalogue", help="catalogue, pc-parts, a .jsonl/.csv/.parquet file or a hub data set"
@@ -75,7 +111,10 @@ def training_options(argv=None) -> argparse.Namespace:
         help="name the prices of the K most similar training items in the prompt",
     )  # fmt: skip
     group.add_argument("--strict", action="store_true", help="a bad row is an error instead of a count")
-    group = parser.add_argument_group("training")
+
+
+def add_loss(parser) -> None:
+    group = parser.add_argument_group("what is learnt")
     group.add_argument(
         "--loss",
         default="answer",
@@ -109,6 +148,10 @@ def training_options(argv=None) -> argparse.Namespace:
     group.add_argument(
         "--members", type=int, default=1, help="train so many adapters, from one seed after the other; averaged"
     )
+
+
+def add_training(parser) -> None:
+    group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=float, default=1.0, help="passes over the training items")
     group.add_argument("--max-steps", type=int, default=None, help="stop after this many optimiser steps")
     group.add_argument("--max-minutes", type=float, default=None, help="stop (each member) after so many minutes")
@@ -125,6 +168,9 @@ def training_options(argv=None) -> argparse.Namespace:
     group.add_argument("--weight-decay", type=float, default=0.0, help="of the LoRA factors and the head")
     group.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     group.add_argument("--seed", type=int, default=0, help="of LoRA's and the head's start and the order of items")
+
+
+def add_reporting(parser) -> None:
     group = parser.add_argument_group("reporting")
     group.add_argument("--val-items", type=int, default=48, help="validation items priced at each check; 0 for none")
     group.add_argument(
@@ -143,7 +189,9 @@ def training_options(argv=None) -> argparse.Namespace:
     )
     group.add_argument("--out", default="out", help="checkpoint directory; an earlier run in it is replaced")
     group.add_argument("--resume", action="store_true", help="go on from --out, with the options it was started with")
-    add_model_arguments(parser)
+
+
+def add_speed(parser) -> None:
     group = parser.add_argument_group("speed and memory")
     group.add_argument(
         "--memory-budget", default=None, metavar="6GiB", help="most that training may allocate (default: what is free)"
@@ -154,25 +202,3 @@ def training_options(argv=None) -> argparse.Namespace:
     group.add_argument(
         "--readable", action="store_true", help="the plain path of quant/linear.py: no kernels, groups or graph"
     )
-    args = parser.parse_args(argv)
-    least_values = dict(size=1, max_tokens=1, batch_tokens=1, accumulate=1, log_every=1, val_items=0, warmup=0)
-    least_values |= dict(members=1, neighbours=0)
-    for name, least in least_values.items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    if not 0 <= args.outlier_threshold < math.inf:
-        parser.error(f"--outlier-threshold must be 0 (none) or greater, got {args.outlier_threshold}")
-    if args.val_items == 0 and (args.keep == "best" or args.patience):
-        parser.error("--keep best and --patience go by validation items; --val-items 0 leaves none")
-    if args.keep == "best" and args.save_every:
-        parser.error("--keep best saves at every best check, and only there; leave out --save-every")
-    if args.memory_budget and (args.readable or args.dropout):
-        parser.error("--memory-budget plans the fast path; leave out --readable and --dropout")
-    given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")}
-    if args.resume and (others := given - {"--resume", "--out", "--device"}):
-        parser.error(f"--resume goes on with the options of the first start; leave out {', '.join(sorted(others))}")
-    above_zero = ("epochs", "lr", "clip", "soft_width", "crps_weight", "head_weight", "max_minutes", "max_steps")
-    for name in (*above_zero, "val_every", "save_every", "patience", "train_items"):
-        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
-    return args

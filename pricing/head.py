@@ -338,9 +338,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    # The one place in pricing/ that meets the network, and only when run as a command: forecast, where rooms join,
+    # The one place in pricing/ that meets the network, and only when run as a command: head_after, where rooms join,
     # turns prompts into states. What is imported from here (fit_head, load_head) knows arrays only.
-    from forecast import train_head
+    from head_after import train_head
 
     args = parse_arguments()
     recipe = Recipe(**{name: getattr(args, name) for name in Recipe.__dataclass_fields__ if hasattr(args, name)})

@@ -470,7 +470,7 @@ def test_members_are_whole_runs_and_their_forecasts_are_averaged_with_neighbours
     mixed = tmp_path / "mixed"
     shutil.copytree(tmp_path / "two", mixed)
     fit = "--ckpt", mixed, "--epochs", "2", "--blocks", "1", "--width", "16"
-    cut_short = "import forecast, pricing.head as h; forecast.{} = None; h.main()"
+    cut_short = "import head_after, pricing.head as h; head_after.{} = None; h.main()"
     run("-c", cut_short.format("save_head"), *fit, code=1)  # between forecasts and head
     _, err = run("predict.py", "--ckpt", mixed, "gold", code=2)
     assert "lacks what ranges of blend are calibrated by; train the head anew" in err
