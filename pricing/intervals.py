@@ -78,10 +78,10 @@ def calibrated_range(
     """(low, high, whether they could be calibrated): the middle `share` of forecasts (n, 21), moved by what forecasts
     `held` (m, 21) of m validation items with prices `truth` ask for."""
     low, high = central_range(quantiles, share)
-    middle = in_dollars(quantiles[:, MIDDLE])
     if math.ceil(round((len(truth) + 1) * share, 9)) > len(truth):
         return low, high, False
-    return *widen(low, middle, high, conformal_offset(*central_range(held, share), truth, share)), True
+    offset = conformal_offset(*central_range(held, share), truth, share)
+    return *widen(low, in_dollars(quantiles[:, MIDDLE]), high, offset), True
 
 
 def cross_calibrated_range(quantiles: np.ndarray, share: float, truth: np.ndarray) -> tuple:
