@@ -49,6 +49,13 @@ def run(*arguments: str, gpu: str | None = None) -> float:
     return time.perf_counter() - started
 
 
+def gpu_of(number: int) -> str | None:
+    """What CUDA_VISIBLE_DEVICES is for a job, the GPUs in turn; None (as it is) where there is no GPU."""
+    gpus = torch.cuda.device_count()
+    visible = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))  # "" would hide them all
+    return (visible[number % gpus] if len(visible) == gpus else str(number % gpus)) if gpus else None
+
+
 def measure(out: Path, training: list[str], head: tuple | None, rows: dict, split: str, gpu: str | None, done):
     """Train once, price for each of `rows`; `done(name, what was measured)` after each."""
     try:
@@ -96,10 +103,8 @@ def main() -> None:
     # long.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
     first, lock, free = next(iter(rows)), threading.Lock(), queue.Queue()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    for number in range(args.jobs):  # the GPUs in turn, one place a job
-        gpus = torch.cuda.device_count()
-        free.put((visible[number % gpus] if len(visible) == gpus else str(number % gpus)) if gpus else None)
+    for number in range(args.jobs):
+        free.put(gpu_of(number))
     groups: dict[tuple, dict] = {}
     for name, row in rows.items():
         training, head, _ = options_of(row)

@@ -414,6 +414,21 @@ def test_checkpoints_that_would_not_be_kept_are_refused(capsys):
     assert "--keep best saves at every best check, and only there; leave out --save-every" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("count", "visible", "wanted"),
+    [(0, None, [None] * 3), (1, None, list("000")), (1, "", list("000")), (2, None, list("010")), (2, "5,3", list("535")),
+     (1, "GPU-a", ["GPU-a"] * 3)],
+)  # fmt: skip
+def test_the_jobs_of_an_ablation_share_the_gpus_in_turn(count, visible, wanted, monkeypatch):
+    from benchmarks import ablation
+
+    monkeypatch.setattr(ablation.torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [ablation.gpu_of(number) for number in range(3)] == wanted
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("*.json")))
 def test_every_row_of_the_ablations_is_made_of_options_that_there_are(file):
     from benchmarks.ablation import options_of
