@@ -160,7 +160,9 @@ def add_training(parser) -> None:
     )
     group.add_argument("--accumulate", type=int, default=1, help="forward passes in an optimiser step")
     group.add_argument("--optimiser", default="adamw", choices=OPTIMISERS, help="sgd has momentum 0.9")
-    group.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (8B models: 1e-4)")
+    group.add_argument(
+        "--lr", type=float, default=None, help="peak learning rate (default by the model's width: 2e-3, 5e-4 or 1e-4)"
+    )
     group.add_argument(
         "--schedule", default="cosine", choices=["cosine", "linear", "constant"], help="after the warm-up, to 0"
     )

@@ -59,6 +59,12 @@ COMPLETE = "state/complete"  # a file in a checkpoint whose run has come to its 
 SIZED = 64  # prompts at most whose states say how large what the head reads is
 
 
+def peak_rate(hidden_size: int) -> float:
+    """The default of --lr: the wider a model, the smaller its steps. SmolLM2-135M (576) learns well at 2e-3, where
+    Gemma 3 270M (640) ends half as far off again as at 5e-4 (benchmarks/README.md); 8B models are tuned with 1e-4."""
+    return 2e-3 if hidden_size <= 576 else 5e-4 if hidden_size < 2048 else 1e-4
+
+
 def learning_rate(progress: float, peak: float, schedule: str, warmup: float) -> float:
     """The rate at `progress` (0 to 1 of the run): linear warm-up, then cosine, linear or constant."""
     if progress < warmup:
@@ -128,6 +134,7 @@ def train(args: argparse.Namespace, settled: dict | None = None) -> None:
 
     # ---- tokens and batches ----------------------------------------------------------------------------------------
     config, tokenizer, directory = open_base(args.model)
+    args.lr = args.lr or peak_rate(config.hidden_size)
     index = build(train_items) if args.neighbours else None
     templates = with_neighbours(train_items, prompt, index, args.neighbours)
     examples = encode_items(train_items, tokenizer, args.max_tokens, templates)
@@ -200,7 +207,7 @@ def train(args: argparse.Namespace, settled: dict | None = None) -> None:
     if cut := sum(e.cut for e in examples):
         print(f"           {cut:,} texts are longer than --max-tokens {args.max_tokens} and were cut")
     print(
-        f"steps      {total_steps:,} of {args.batch_tokens * args.accumulate:,} tokens, "
+        f"steps      {total_steps:,} of {args.batch_tokens * args.accumulate:,} tokens at a peak rate of {args.lr:g}, "
         f"{'one recorded CUDA graph each' if train_step.replay else 'run line by line'}; "
         "first item, what is learnt in colour:"
     )

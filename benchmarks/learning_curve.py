@@ -44,6 +44,9 @@ def main() -> None:
         if not number:
             axes.plot(*zip(*forest, strict=True), "k--", marker="s", label="random forest")
     axes.set(xscale="log", xlabel="training items", ylabel="mean error on validation items, dollars")
+    seen = sorted({items for items, _ in forest} | {items for found in model.values() for items, _ in found})
+    axes.set_xticks(seen, [f"{items:,}" for items in seen])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     args.out.parent.mkdir(exist_ok=True)

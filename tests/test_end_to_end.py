@@ -26,6 +26,7 @@ from pricing.items import split_of
 from pricing.metrics import bootstrap_interval
 from pricing.prompt import encode_prompt
 from states import last_states
+from train import peak_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = tempfile.TemporaryDirectory()  # not the user's
@@ -239,6 +240,7 @@ def test_8_bits_train_resume_evaluate_predict_and_merge(place):
     assert "frozen linears, int8" in out and "keep their dequantised weights" in out
     record = json.loads((place / "out8" / "run.json").read_text())
     assert record["options"]["bits"] == 8 and record["options"]["outlier_threshold"] == 5.0
+    assert "at a peak rate of 0.002, run line by line" in out and record["options"]["lr"] == 2e-3  # not told
     run("train.py", *common, "--max-steps", "2", "--out", place / "begun8")
     settings = json.loads((place / "begun8" / "run.json").read_text())
     settings["options"]["max_steps"] = 4  # as if it had been stopped after its first checkpoint
@@ -406,6 +408,11 @@ def test_data_that_changed_since_training_is_refused(place, tmp_path):
 def test_the_blend_is_a_weighted_mean_in_log_price():
     expected = 100**0.65 * 200**0.175 * 50**0.175
     np.testing.assert_allclose(blended(np.array([100.0]), np.array([200.0]), np.array([50.0])), [expected])
+
+
+def test_the_rate_falls_with_the_models_width():
+    """SmolLM2-135M, Gemma 3 270M, Qwen2.5 0.5B and 1.5B, Llama 3.2 1B, Llama 3.1 8B"""
+    assert [peak_rate(width) for width in (576, 640, 896, 1536, 2048, 4096)] == [2e-3, *[5e-4] * 3, 1e-4, 1e-4]
 
 
 def test_checkpoints_that_would_not_be_kept_are_refused(capsys):
