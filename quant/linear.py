@@ -46,6 +46,7 @@ import logging
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 # On CPUs with avx512_bf16, bitsandbytes logs that an optional kernel package is missing, at import; it is not
 # used here.
@@ -176,8 +177,8 @@ def integer_product(codes: Tensor, weight: Tensor) -> Tensor:
     """codes weight^T in int32, exact.  (N, I) int8, (O, I) int8 -> (N, O) int32"""
     outputs, odd_o, odd_i = len(weight), -len(weight) % 4, -weight.shape[1] % 4
     if weight.is_cuda and (odd_o or odd_i):  # cuBLASLt multiplies int8 in fours
-        codes = torch.nn.functional.pad(codes, (0, odd_i))
-        weight = torch.nn.functional.pad(weight, (0, odd_i, 0, odd_o))
+        codes = pad(codes, (0, odd_i))
+        weight = pad(weight, (0, odd_i, 0, odd_o))
     return bnb.int8_linear_matmul(codes, weight)[:, :outputs]
 
 
@@ -210,8 +211,11 @@ class LinearInt8(FrozenLinear):
         if self.bias is not None:
             y += self.bias_in(x.dtype)
         y = y.to(x.dtype)
-        if len(outliers):
-            y.addmm_(x[:, outliers], int8.dequantise(self.weight[:, outliers], self.scale, x.dtype).T)
+        if k := len(outliers):
+            weight = int8.dequantise(self.weight[:, outliers], self.scale, x.dtype)  # (O, K)
+            # oneDNN keeps a kernel of about a MiB for every K that it meets, a thousand of them: zeros make few of many
+            rest = (0, (1 << (k - 1).bit_length()) - k)
+            y.addmm_(pad(x[:, outliers], rest), pad(weight, rest).T)
         return y
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:

@@ -377,47 +377,51 @@ def test_gguf_refusals_of_the_llama_kind():
     )
 
 
-# ---------------------------------------------------------------- Gemma 3 270M itself
+# ---------------------------------------------------------------- models in wheels themselves
 
 
-@pytest.fixture(scope="session")
-def gemma3_270m():
-    """Skipped unless it lies in the cache already: 238 MB, and a gigabyte in float32"""
+def cached(name):
+    """Skips unless the model lies in the cache already: up to a gigabyte to fetch, and several in float32"""
     from llama.hub import CONVERSION, PACKAGED, cache_directory
 
-    directory = cache_directory() / f"gemma3-270m-{PACKAGED['gemma3-270m'].sha256[:16]}-{CONVERSION}"
+    directory = cache_directory() / f"{name}-{PACKAGED[name].sha256[:16]}-{CONVERSION}"
     if not directory.is_dir():
-        pytest.skip(f"{directory} is not there: `python train.py --model gemma3-270m` makes it")
+        pytest.skip(f"{directory} is not there: `python train.py --model {name}` makes it")
     return directory
 
 
-def test_gemma3_270m_is_transformers_model(gemma3_270m):
+@pytest.mark.parametrize(
+    ("name", "said"), [("gemma3-270m", " the capital of the German"), ("qwen2.5-coder-0.5b", " Berlin.")]
+)
+def test_packaged_models_are_transformers(name, said):
     from transformers import AutoModelForCausalLM
 
-    tokenizer, model = Tokenizer.from_directory(gemma3_270m), our_model(gemma3_270m)
-    hf = AutoModelForCausalLM.from_pretrained(gemma3_270m, dtype=torch.float32, attn_implementation="eager").eval()
+    directory = cached(name)
+    tokenizer, model = Tokenizer.from_directory(directory), our_model(directory)
+    hf = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
     prompt = tokenizer.encode_prompt("The capital of Germany is")
     expected = hf.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0].tolist()
-    # Longer than the window of 512 tokens
+    # Longer than Gemma's window of 512 tokens
     for ids in (expected, (prompt + tokenizer.encode_answer(" Berlin, said the guide. " * 90))[:600]):
         with torch.no_grad():
             logits = model(torch.tensor(ids), Layout.packed([len(ids)]))
             theirs = hf(torch.tensor([ids])).logits[0]
         torch.testing.assert_close(logits, theirs, rtol=1e-5, atol=2e-3)  # logits reach 120
         assert (logits.argmax(-1) == theirs.argmax(-1)).all()
-    assert tokenizer.decode(expected[len(prompt) :]).startswith(" the capital of the German")
+    assert tokenizer.decode(expected[len(prompt) :]).startswith(said)
 
 
-def test_gemma3_270ms_tokenizer_is_the_librarys(gemma3_270m):
+def test_gemma3_270ms_tokenizer_is_the_librarys():
     import tokenizers as hf
 
     from llama.hub import cache_directory
 
+    directory = cached("gemma3-270m")
     file = cache_directory() / "tokenizers" / "gemma3" / "tokenizer.json"
     if not file.is_file():
         pytest.skip(f"{file} is not there: the top of tests/test_real_tokenizers.py says where it comes from")
     data = json.loads(file.read_text("utf-8"))
-    ours = Tokenizer.from_directory(gemma3_270m)
+    ours = Tokenizer.from_directory(directory)
     text = [t for t in data["added_tokens"] if not t["special"] and not spm.STEERING.fullmatch(t["content"])]
     bare = hf.Tokenizer.from_str(json.dumps(data | {"added_tokens": text, "post_processor": None}))
     texts = [line for line in shared("pc_parts.jsonl").read_text("utf-8").splitlines()]
