@@ -82,7 +82,7 @@ def write_weights(tensors: list, architecture: Architecture, config: dict, direc
         except NotImplementedError:
             raise ValueError(
                 f"{tensor.name} is of type {kind.name}, which cannot be dequantised; use a file in Q4_0, Q4_1, Q4_K, "
-                "Q5_K, Q6_K, Q8_0, F16 or BF16"
+                "Q5_0, Q5_K, Q6_K, Q8_0, F16 or BF16"
             ) from None
     for tensor in tqdm(tensors, desc="converting GGUF to safetensors", unit="tensor"):
         if tensor.name in ROPE_TENSORS:

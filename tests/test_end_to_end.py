@@ -423,8 +423,10 @@ def test_checkpoints_that_would_not_be_kept_are_refused(capsys):
 
 @pytest.mark.parametrize(
     ("count", "visible", "wanted"),
-    [(0, None, [None] * 3), (1, None, list("000")), (1, "", list("000")), (2, None, list("010")), (2, "5,3", list("535")),
-     (1, "GPU-a", ["GPU-a"] * 3)],
+    [
+        (0, None, [None] * 3), (1, None, list("000")), (1, "", list("000")), (1, "GPU-a", ["GPU-a"] * 3),
+        (2, None, list("010")), (2, "5,3", list("535")),
+    ],
 )  # fmt: skip
 def test_the_jobs_of_an_ablation_share_the_gpus_in_turn(count, visible, wanted, monkeypatch):
     from benchmarks import ablation
