@@ -61,7 +61,8 @@ SIZED = 64  # prompts at most whose states say how large what the head reads is
 
 def peak_rate(hidden_size: int) -> float:
     """The default of --lr: the wider a model, the smaller its steps. SmolLM2-135M (576) learns well at 2e-3, where
-    Gemma 3 270M (640) ends half as far off again as at 5e-4 (benchmarks/README.md); 8B models are tuned with 1e-4."""
+    Gemma 3 270M (640) ends half as far off again as at 5e-4, and Qwen2.5-Coder 1.5B (1536) is better at 5e-4 than at
+    1e-4 (benchmarks/README.md); 8B models are tuned with 1e-4."""
     return 2e-3 if hidden_size <= 576 else 5e-4 if hidden_size < 2048 else 1e-4
 
 
