@@ -23,9 +23,9 @@ from pricing.baselines import run_baselines
 from pricing.batch import by_length
 from pricing.catalogue import least_error
 from pricing.console import show_guess, table
-from pricing.decode import PICKS, greedy_prices, pick
+from pricing.decode import PICKS, PRUNE, greedy_prices, pick
 from pricing.intervals import SHARES, calibrated_range, cross_calibrated_range
-from pricing.items import MIN_PRICE, Item, normalise_title, sample
+from pricing.items import MIN_PRICE, Item, normalise_title, sample, unseen
 from pricing.leaks import leaks
 from pricing.metrics import colour, paired_difference, score
 from pricing.report import compare_reports, comparison_table, headline, write_report
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     shares = [round(100 * share) for share in SHARES]
     parser.add_argument("--interval", type=int, default=80, choices=shares, help="per cent of prices a range holds")
     parser.add_argument(
-        "--prune", type=float, default=1e-3, help="digit-tree nodes with less probability are not opened"
+        "--prune", type=float, default=PRUNE, help="digit-tree nodes with less of what names a price are not opened"
     )
     parser.add_argument(
         "--untuned", action=argparse.BooleanOptionalAction, default=True, help="price with the untuned model too"
@@ -101,13 +101,11 @@ def items_of(args: argparse.Namespace, run: Run) -> tuple[list[Item], list[Item]
     test = [item for item in items if item.split == args.split]
     if not test:
         raise ValueError(f"{args.data or options['data']}: none of the {len(items)} items is in the {args.split} split")
-    known = {normalise_title(item.text) for item in train}
-    if trained := [item for item in test if normalise_title(item.text) in known]:
-        test = [item for item in test if normalise_title(item.text) not in known]
-        print(f"data       {len(trained):,} items left out: the run was trained on the same texts")
-        if not test:
-            raise ValueError(f"{args.data or options['data']}: all items of the {args.split} split were trained on")
-    return train, sample(test, args.items)
+    if left_out := len(test) - len(new := unseen(test, train)):
+        print(f"data       {left_out:,} items left out: the run was trained on the same texts")
+    if not new:
+        raise ValueError(f"{args.data or options['data']}: all items of the {args.split} split were trained on")
+    return train, sample(new, args.items)
 
 
 def price(args: argparse.Namespace, run: Run, test: list[Item], prompts: list, fallback: float) -> tuple:
@@ -138,16 +136,17 @@ def price(args: argparse.Namespace, run: Run, test: list[Item], prompts: list, f
         lambda indices, part: show(indices, guess_of(part) if written is None else written[indices]),
     )  # fmt: skip
     guess = guess_of(found) if written is None else written
+    said = {"parse_failures": int(np.isnan(guess).sum())}
+    guess = np.where(np.isnan(guess), fallback, guess)
     if args.split == "val":
-        low, high, calibrated = cross_calibrated_range(found.quantiles(ranged), share, truth)
+        low, high, calibrated = cross_calibrated_range(found.quantiles(ranged), guess, share, truth)
     else:
-        low, high, calibrated = calibrated_range(found.quantiles(ranged), share, *held)
+        low, high, calibrated = calibrated_range(found.quantiles(ranged), guess, share, *held)
     bar.close()
     if not calibrated:
         print("ranges     are the model's own: there are too few validation items to calibrate them")
-    said = {"seconds": round(time.perf_counter() - started, 2), "decode": decode, "share": share}
-    said |= {"calibrated": calibrated, "parse_failures": int(np.isnan(guess).sum())}
-    return np.where(np.isnan(guess), fallback, guess), (low, high), said
+    seconds = round(time.perf_counter() - started, 2)
+    return guess, (low, high), said | {"seconds": seconds, "decode": decode, "share": share, "calibrated": calibrated}
 
 
 def about(run: Run, args: argparse.Namespace, decode: str, trained: int) -> str:

@@ -22,7 +22,7 @@ from llama.model import Llama
 from lora.adapter import load_adapter
 from pricer import load_run, read_run, run_items
 from pricing.batch import by_length
-from pricing.decode import PriceTree, price_distribution
+from pricing.decode import PRUNE, PriceTree, price_distribution
 from pricing.files import whole_file
 from pricing.head import FILE, Head, load_head
 from pricing.intervals import LEVELS, MIDDLE, in_dollars, log_quantiles
@@ -75,7 +75,7 @@ def tree_functions(model: Llama, prompts: list[list[int]]) -> tuple[Callable, Ca
 
 def forecast(
     model: Llama, tree: PriceTree, prompts: list[list[int]], head: Head | None = None, *,
-    batch_tokens: int | None = None, prune: float = 1e-3, on_batch=None,
+    batch_tokens: int | None = None, prune: float = PRUNE, on_batch=None,
 ) -> Forecast:  # fmt: skip
     """Of every prompt, in order; batched by length. `on_batch(indices, Forecast)` sees each batch as it comes."""
     size = len(prompts), len(LEVELS)
@@ -158,7 +158,7 @@ class Run:
         return [example.prompt for example in examples]
 
     def forecast(
-        self, prompts: list[list[int]], batch_tokens: int | None = None, prune: float = 1e-3, on_batch=None
+        self, prompts: list[list[int]], batch_tokens: int | None = None, prune: float = PRUNE, on_batch=None
     ) -> Forecast:
         """The mean over the members; `on_batch(indices, Forecast)` as it becomes known."""
         total = None

@@ -10,7 +10,7 @@ from forecast import MOST_HELD, encode_run, members, read_held, write_held
 from lora.adapter import load_adapter
 from pricer import load_run, pick_device, pick_dtype, read_run, run_items
 from pricing.head import FILE, Recipe, fit_head, load_head, save_head
-from pricing.items import sample
+from pricing.items import sample, unseen
 from pricing.neighbours import INDEX, Index
 from states import adapter_digest, kept_states
 
@@ -32,6 +32,7 @@ def train_head(args: argparse.Namespace, recipe: Recipe) -> None:
     items = run_items(run)
     by_split = {split: [item for item in items if item.split == split] for split in ("train", "val")}
     by_split["train"] = sample(by_split["train"], options["train_items"])
+    by_split["val"] = unseen(by_split["val"], by_split["train"])
     paths = members(args.ckpt, options)
     if args.items is not None:
         by_split["train"] = sample(by_split["train"], args.items)

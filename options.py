@@ -51,13 +51,15 @@ def training_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(parser, args: argparse.Namespace, argv: list[str]) -> None:
     """Ends the script in one line where options do not fit together."""
-    least_values = dict(size=1, max_tokens=1, batch_tokens=1, accumulate=1, log_every=1, val_items=0, warmup=0)
+    least_values = dict(size=1, max_tokens=1, batch_tokens=1, accumulate=1, log_every=1, val_items=0)
     least_values |= dict(members=1, neighbours=0)
     for name, least in least_values.items():
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     if not 0 <= args.outlier_threshold < math.inf:
         parser.error(f"--outlier-threshold must be 0 (none) or greater, got {args.outlier_threshold}")
+    if not 0 <= args.warmup < 1:
+        parser.error(f"--warmup is a share of the run, from 0 to less than 1, got {args.warmup}")
     if args.val_items == 0 and (args.keep == "best" or args.patience):
         parser.error("--keep best and --patience go by validation items; --val-items 0 leaves none")
     if args.keep == "best" and args.save_every:

@@ -69,11 +69,12 @@ def main() -> None:
     bar = tqdm(total=len(texts), unit="text", dynamic_ncols=True, disable=not args.file)  # on standard error
     for start in range(0, len(texts), CHUNK):
         found = run.forecast(
-            prompts[start : start + CHUNK], args.batch_tokens, prune=0.0,
+            prompts[start : start + CHUNK], args.batch_tokens,
             on_batch=lambda indices, _: bar.update(len(indices)),
         )  # fmt: skip
-        low, high, calibrated = calibrated_range(found.quantiles(decode), args.interval / 100, *held)
-        rows += zip(texts[start : start + CHUNK], found.median(decode), low, high, strict=True)
+        guess = found.median(decode)
+        low, high, calibrated = calibrated_range(found.quantiles(decode), guess, args.interval / 100, *held)
+        rows += zip(texts[start : start + CHUNK], guess, low, high, strict=True)
     bar.close()
     if not calibrated:
         print("the run has too few validation items: ranges are the model's own, not calibrated", file=sys.stderr)

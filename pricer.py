@@ -164,7 +164,8 @@ def load_run(ckpt: str | Path, run: dict, device, dtype) -> tuple:
     """(Llama with its adapter, Tokenizer) as a run left them."""
     options = run["options"]
     config, tokenizer, directory = open_base(options["model"])
-    model = load_base(config, tokenizer, directory, device, dtype, argparse.Namespace(**options))
+    settled = Plan(**run.get("plan", {}))  # what was trained beside an lm_head in 8 bits is priced beside it
+    model = load_base(config, tokenizer, directory, device, dtype, argparse.Namespace(**options), settled)
     load_adapter(model, Path(ckpt))
     keep = Plan()
     if options["bits"] == 4:  # dequantised once for all, where the matrices fit twice over

@@ -48,7 +48,7 @@ from pricing.batch import batches, count_batches, pack, shape_of
 from pricing.console import show_example
 from pricing.decode import PriceTree
 from pricing.head import Head, JointLoss, joint_head, joint_numbers, load_head, save_head
-from pricing.items import Item, sample
+from pricing.items import Item, sample, unseen
 from pricing.loss import AnswerLoss
 from pricing.neighbours import INDEX, build, with_neighbours
 from pricing.prompt import Example, encode_items, load_prompt
@@ -119,7 +119,7 @@ def train(args: argparse.Namespace, settled: dict | None = None) -> None:
     # ---- data ------------------------------------------------------------------------------------------------------
     items, skipped, identity = load_items(args.data, args.size, args.data_seed, args.strict)
     train_items = sample([item for item in items if item.split == "train"], args.train_items)
-    all_val_items = [item for item in items if item.split == "val"]
+    all_val_items = unseen([item for item in items if item.split == "val"], train_items)
     val_items = sample(all_val_items, args.val_items)
     prompt = run["prompt"] if args.resume else load_prompt(args.prompt)
     if args.resume:
@@ -127,7 +127,7 @@ def train(args: argparse.Namespace, settled: dict | None = None) -> None:
     if not train_items:
         raise ValueError(f"{args.data}: none of the {len(items)} items is in the train split")
     if not val_items and (args.keep == "best" or args.patience):
-        raise ValueError(f"{args.data}: no item is in the val split, by which --keep best and --patience go")
+        raise ValueError(f"{args.data}: no new item is in the val split, by which --keep best and --patience go")
     print(
         f"data       {args.data}: {len(items):,} items, {len(train_items):,} to train on"
         + (f"; left out: {skipped}" if skipped.counts else "")
@@ -144,6 +144,8 @@ def train(args: argparse.Namespace, settled: dict | None = None) -> None:
         args.loss, tree, args.soft_width, device, crps_weight=args.crps_weight, crps_scale=args.crps_scale
     )
     shape = shape_of(examples, args.batch_tokens)
+    if shape.longest > (known := config.max_position_embeddings):
+        raise ValueError(f"{args.model} knows {known:,} positions, an item has {shape.longest:,}; lower --max-tokens")
 
     # ---- model: each linear is quantised as it is read, then freeze and inject -------------------------------------
     started = time.perf_counter()

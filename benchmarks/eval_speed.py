@@ -21,7 +21,7 @@ from benchmarks.workload import W8B, random_sequences
 from forecast import Run, forecast, test_prompts
 from memory import Plan, free_memory
 from pricer import load_base, open_base, pick_device, pick_dtype, speed_up
-from pricing.decode import PriceTree
+from pricing.decode import PRUNE, PriceTree
 
 QUESTION = 12  # tokens that all texts begin with, as real prompts do
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=250)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, help="tokens in a forward pass (default: as for evaluate.py)")
-    parser.add_argument("--prune", type=float, default=1e-3, help="as for evaluate.py")
+    parser.add_argument("--prune", type=float, default=PRUNE, help="as for evaluate.py")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     args = parser.parse_args()
     device = pick_device("auto")

@@ -95,6 +95,9 @@ def config_from_gguf(fields: dict, tensors: dict) -> dict:
             config |= _phi3(given, tensors)
     except KeyError as missing:
         raise ValueError(f"metadata lacks {prefix}{missing.args[0]}") from None
+    except TypeError:  # as of models that were pruned, or whose layers differ
+        lists = ", ".join(prefix + key for key, value in given.items() if isinstance(value, list))
+        raise ValueError(f"a number for each layer is not supported, one for all of them is: {lists}") from None
     if "rope_freqs.weight" in tensors:
         config["rope_scaling"] = _llama31(_numbers(tensors["rope_freqs.weight"]), config)
     LlamaConfig.from_dict(config)  # what cannot be run is refused before any weight is read

@@ -38,9 +38,5 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x, self.dropout(x), self.lora_A, self.lora_B, self.scaling)
 
-    def delta(self) -> Tensor:
-        """What training has added to the dequantised W: scaling * B A  # (O, I) float32"""
-        return self.scaling * (self.lora_B @ self.lora_A)
-
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, scaling={self.scaling:.4g}"

@@ -20,7 +20,8 @@ from torch import nn
 from tqdm import tqdm
 
 from pricing.files import whole_file
-from pricing.items import MAX_PRICE, MIN_PRICE, Item, sample
+from pricing.intervals import in_dollars
+from pricing.items import Item, sample
 from pricing.sources import cache_directory
 
 WORD = r"(?u)\b\w[\w.]*\b"  # numbers stay whole: "2.4", not "2" and "4"
@@ -33,10 +34,6 @@ def texts(items: list[Item]) -> list[str]:
 
 def log_prices(items: list[Item]) -> np.ndarray:
     return np.log([item.price for item in items])
-
-
-def dollars(log_price: np.ndarray) -> np.ndarray:
-    return np.clip(np.exp(log_price), MIN_PRICE, MAX_PRICE)
 
 
 def constant_mean(train: list[Item], test: list[Item]) -> np.ndarray:
@@ -67,7 +64,7 @@ def linear_simple(train: list[Item], test: list[Item]) -> np.ndarray:
 
     categories = sorted({item.category for item in train})
     model = LinearRegression().fit(simple_features(train, categories), log_prices(train))
-    return dollars(model.predict(simple_features(test, categories)))
+    return in_dollars(model.predict(simple_features(test, categories)))
 
 
 def ridge_tfidf(train: list[Item], test: list[Item]) -> np.ndarray:
@@ -78,7 +75,7 @@ def ridge_tfidf(train: list[Item], test: list[Item]) -> np.ndarray:
 
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=WORD)
     model = make_pipeline(words, Ridge(alpha=1.0, solver="sparse_cg", tol=1e-4))
-    return dollars(model.fit(texts(train), log_prices(train)).predict(texts(test)))
+    return in_dollars(model.fit(texts(train), log_prices(train)).predict(texts(test)))
 
 
 def on_word_counts(model, train: list[Item], test: list[Item], dense: bool) -> np.ndarray:
@@ -90,7 +87,7 @@ def on_word_counts(model, train: list[Item], test: list[Item], dense: bool) -> n
     known, asked = count.fit_transform(texts(train)), count.transform(texts(test))
     if dense:
         known, asked = known.toarray(), asked.toarray()
-    return dollars(model.fit(known, log_prices(train)).predict(asked))
+    return in_dollars(model.fit(known, log_prices(train)).predict(asked))
 
 
 def random_forest(train: list[Item], test: list[Item]) -> np.ndarray:
@@ -174,7 +171,7 @@ def residual_network(train: list[Item], test: list[Item], device: str | torch.de
         network.eval()
         with torch.no_grad():
             guess = [network(*words(asked[start : start + 1024])).cpu() for start in range(0, len(test), 1024)]
-    return dollars(torch.cat(guess).double().numpy() * spread + mean)
+    return in_dollars(torch.cat(guess).double().numpy() * spread + mean)
 
 
 BASELINES = {

@@ -48,7 +48,6 @@ class Batch:
     rows: int  # sequences that are not empty, filler included
     examples: list[Example]  # what it was packed from
     real_tokens: int  # read, filler not counted
-    supervised: int  # answer tokens, at most M
 
 
 def shape_of(examples: list[Example], budget: int) -> Shape:
@@ -90,7 +89,7 @@ def pack(examples: list[Example], shape: Shape) -> Batch:
         targets[:supervised] = np.concatenate([e.answer for e in examples])
     slots = np.repeat(np.arange(len(lengths)), lengths) * shape.longest + positions
     rows, real_tokens = len(lengths), shape.tokens - missing
-    return Batch(tokens, positions, edges, slots, at, targets, rows, examples, real_tokens, supervised)
+    return Batch(tokens, positions, edges, slots, at, targets, rows, examples, real_tokens)
 
 
 def plan(examples: list[Example], shape: Shape, seed: int, epoch: int) -> list[list[int]]:

@@ -10,8 +10,9 @@ P(price) is the product of the model's probabilities along its path. A path that
 another, so the events exclude each other, and dividing by their sum gives the exact distribution of the price, given
 that the model names one.
 
-A node that is reached with less than the probability `prune` is not opened: what it holds is shared evenly among the
-prices below it. Nothing is lost, the sum stays one, and no price moves by more than what the shut nodes held.
+A node that holds less than the share `prune` of what may still name a price is not opened: what it holds is spread
+evenly over the prices below it. Nothing is lost, the sum stays one, and no price moves by more than about what the shut
+nodes held, as a share of what names a price.
 
 From the distribution, the price is chosen for the error that is measured (Lukasik et al. 2024, arXiv 2403.04182): the
 median has the least expected absolute error, the mean the least squared error, the log-mean the least squared error of
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 
 PRICES = 1000  # 0..999 dollars
+PRUNE = 1e-3  # what training calibrates by, and pricing goes by unless told
 PICKS = ("median", "mean", "log-mean", "mode", "greedy")
 
 
@@ -87,7 +89,7 @@ def price_distribution(prefill, extend, prompts: list[list[int]], tree: PriceTre
 
     prefill(prompts, choices) -> natural log-probabilities (B, k), likeliest token (B,), cache
     extend(cache, tokens (B, n), parents (B, n), choices) -> log-probabilities (B, n, k), likeliest tokens (B, n)
-    `prune` is the probability below which a node is not opened; 0 opens all.
+    `prune` is the share of what may still name a price below which a node is not opened; 0 opens all.
     """
     choices, choice, parent = torch.tensor(tree.choices), torch.tensor(tree.choice), torch.tensor(tree.parent)
     first, _, cache = prefill(prompts, choices)
@@ -101,7 +103,7 @@ def price_distribution(prefill, extend, prompts: list[list[int]], tree: PriceTre
     for depth, level in enumerate(tree.levels):
         nodes = torch.tensor(level)
         weights = mass[:, nodes]  # (B, n)
-        opened = weights >= prune
+        opened = weights >= prune * (total.sum(1, keepdim=True) + weights.sum(1, keepdim=True))
         total += (weights * ~opened / below[nodes].sum(1)) @ below[nodes]  # shared evenly among the prices below
         # Each row opens its own nodes, heaviest first; a row with fewer is filled up with nodes that are then ignored.
         width = int(opened.sum(1).max())

@@ -198,7 +198,7 @@ def fit_member(
     levels = torch.tensor(LEVELS, device=x.device)
     batch = min(max(len(x) // 50, 16), recipe.batch)
     optimiser = torch.optim.AdamW(member.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    steps = recipe.epochs * -(-len(x) // batch)
+    steps = max(recipe.epochs * -(-len(x) // batch), 11)  # of ten steps OneCycleLR cannot take a tenth to warm up
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=recipe.lr, total_steps=steps, pct_start=0.1)
     order = torch.Generator().manual_seed(seed)
     best, best_epoch, kept = np.inf, 0, None

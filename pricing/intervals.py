@@ -52,6 +52,11 @@ def central_range(quantiles: np.ndarray, share: float = SHARE) -> tuple[np.ndarr
     return in_dollars(low), in_dollars(high)
 
 
+def conformal_rank(n: int, share: float) -> int:
+    """Which of n scores, from the smallest, 1 first; beyond n where these are too few"""
+    return math.ceil(round((n + 1) * share, 9))  # 100 * 0.07 is 7.000000000000001
+
+
 def conformal_offset(low: np.ndarray, high: np.ndarray, truth: np.ndarray, share: float = SHARE) -> float:
     """How far to move both ends, in log price; negative where the ranges are too wide. All arrays in dollars, (n,).
 
@@ -63,8 +68,7 @@ def conformal_offset(low: np.ndarray, high: np.ndarray, truth: np.ndarray, share
     if n == 0 or not (np.minimum(np.minimum(low, high), truth) > 0).all():  # NaN fails this too
         raise ValueError("ranges are calibrated on positive prices in dollars, at least one of them")
     scores = np.maximum(np.log(low / truth), np.log(truth / high))
-    rank = math.ceil(round((n + 1) * share, 9))  # 100 * 0.07 is 7.000000000000001
-    if rank > n:
+    if (rank := conformal_rank(n, share)) > n:
         raise ValueError(
             f"{n} validation items are too few to calibrate a range that holds {share:.0%} of the prices: "
             f"{math.ceil(round(share / (1 - share), 9))} are needed"
@@ -73,30 +77,31 @@ def conformal_offset(low: np.ndarray, high: np.ndarray, truth: np.ndarray, share
 
 
 def calibrated_range(
-    quantiles: np.ndarray, share: float, held: np.ndarray, truth: np.ndarray
+    quantiles: np.ndarray, guess: np.ndarray, share: float, held: np.ndarray, truth: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """(low, high, whether they could be calibrated): the middle `share` of forecasts (n, 21), moved by what forecasts
-    `held` (m, 21) of m validation items with prices `truth` ask for."""
+    `held` (m, 21) of m validation items with prices `truth` ask for; `guess` (n,) dollars lies in it."""
     low, high = central_range(quantiles, share)
-    if math.ceil(round((len(truth) + 1) * share, 9)) > len(truth):
-        return low, high, False
-    offset = conformal_offset(*central_range(held, share), truth, share)
-    return *widen(low, in_dollars(quantiles[:, MIDDLE]), high, offset), True
+    enough = conformal_rank(len(truth), share) <= len(truth)
+    offset = conformal_offset(*central_range(held, share), truth, share) if enough else 0.0
+    return *widen(low, guess, high, offset), enough
 
 
-def cross_calibrated_range(quantiles: np.ndarray, share: float, truth: np.ndarray) -> tuple:
+def cross_calibrated_range(quantiles: np.ndarray, guess: np.ndarray, share: float, truth: np.ndarray) -> tuple:
     """As calibrated_range, for the validation items themselves: the even rows by the odd ones, and the other way round.
-    Calibrated by itself, a set would be covered by construction."""
+    Calibrated by itself, a set would be covered by construction. This is not much better as a measure of coverage: what
+    one half has too much, the other has too little. Test items measure it."""
     low, high = central_range(quantiles, share)
     odd, done = np.arange(len(truth)) % 2 == 1, []
     for rows, others in ((odd, ~odd), (~odd, odd)):
-        low[rows], high[rows], calibrated = calibrated_range(quantiles[rows], share, quantiles[others], truth[others])
+        ranges = calibrated_range(quantiles[rows], guess[rows], share, quantiles[others], truth[others])
+        low[rows], high[rows], calibrated = ranges
         done.append(calibrated)
     return low, high, all(done)
 
 
-def widen(low: np.ndarray, middle: np.ndarray, high: np.ndarray, offset: float) -> tuple[np.ndarray, np.ndarray]:
-    """Both ends moved outwards by the factor exp(offset), within the prices there are, and never past `middle`, the
-    guess: a range that left out the price printed beside it would be no range of it."""
-    low, high = np.minimum(low * math.exp(-offset), middle), np.maximum(high * math.exp(offset), middle)
+def widen(low: np.ndarray, guess: np.ndarray, high: np.ndarray, offset: float) -> tuple[np.ndarray, np.ndarray]:
+    """Both ends moved outwards by the factor exp(offset), within the prices there are, and never past `guess`: a range
+    that left out the price printed beside it would be no range of it."""
+    low, high = np.minimum(low * math.exp(-offset), guess), np.maximum(high * math.exp(offset), guess)
     return np.clip(low, MIN_PRICE, MAX_PRICE), np.clip(high, MIN_PRICE, MAX_PRICE)

@@ -2,8 +2,8 @@
 reason.
 
 A row has `price` (US dollars) and either `text`, or `title` and any of `category`, `brand`, `description`. `split`
-(train, val or test) is optional: without it the split is a hash of the normalised title, so that items of one
-title never lie on both sides, and training and evaluation agree without a side file.
+(train, val or test) is optional: without it the split is a hash of the normalised title (of the whole text in a row
+without one), so that items of one title never lie on both sides, and training and evaluation agree without a side file.
 """
 
 import csv
@@ -22,6 +22,7 @@ SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "
 # Published data sets hold the finished prompt, answer included: `...Price is $123.00`. The text is what lies between.
 QUESTION = re.compile(r"^(How much|What) does this cost to the nearest dollar\?\s*")
 ANSWER = re.compile(r"\s*Price is \$[\d.,]*\s*$")
+REPEATED = ("repeated",)  # marks a row that repeats an earlier one; no column of a file has such a name
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,16 @@ def split_of(title: str) -> str:
     return "test" if bucket < TEST_SHARE else "val" if bucket < TEST_SHARE + VAL_SHARE else "train"
 
 
+def unseen(items: list[Item], train: list[Item]) -> list[Item]:
+    """Those of the items whose text no training item has, letters and digits compared: a `split` column, or other data,
+    may put one text on both sides."""
+    known = {normalise_title(item.text) for item in train}
+    return [item for item in items if normalise_title(item.text) not in known]
+
+
 def sample(items: list[Item], count: int | None) -> list[Item]:
-    """`count` of the items, always the same ones, whatever the order of the file (which is often by category); all of
-    them, as they come, for None."""
+    """`count` of the items, always the same ones of the same rows, spread over a file that is often sorted by category;
+    all of them, as they come, for None. Rows without an `id` go by their number."""
     if count is None:
         return items
     return sorted(items, key=lambda item: hashlib.sha256(f"{item.text}|{item.id}".encode()).digest())[:count]
@@ -119,7 +127,7 @@ def item_from_row(row: dict, number: int) -> Item:
     """Raises ValueError with the reason when the row is no item."""
     if not isinstance(row, dict):
         raise ValueError("rows that are no object")
-    if row.get("repeated"):
+    if row.get(REPEATED):
         raise ValueError("rows that repeat an earlier one")
     price = parse_price(row.get("price", row.get("completion")))
     text = text_of(row)

@@ -70,9 +70,9 @@ class Index:
             near = (asked[start : start + size] @ known).toarray()  # (size, n)
             for i, row in enumerate(near, start):
                 row[(self.keys == keys[i]).any(axis=1)] = 0  # itself, and what is called or described alike
-                best = np.argpartition(-row, min(k, len(row)) - 1)[:k]
-                best = best[np.lexsort((best, -row[best]))]  # nearest first, earlier rows first among equals
-                best = best[row[best] > 0]
+                least = np.partition(row, -k)[-k] if k < len(row) else 0
+                best = np.flatnonzero((row >= least) & (row > 0))  # k of them, and what ties with the last
+                best = best[np.lexsort((best, -row[best]))][:k]  # nearest first, earlier rows first among equals
                 rows[i, : len(best)], similarity[i, : len(best)] = best, row[best]
         return rows, similarity
 

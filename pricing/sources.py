@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pricing import catalogue
 from pricing.files import whole_file
-from pricing.items import Item, Skipped, items_from_rows, read_rows
+from pricing.items import REPEATED, Item, Skipped, items_from_rows, read_rows
 
 # 66,778 PC parts scraped from PCPartPicker in July 2025 (MIT licence); about a quarter carry a price in range.
 PC_PARTS_URL = (
@@ -72,7 +72,7 @@ def pc_parts_rows(archive: Path):
                 ]
                 row = {"title": title, "category": category, "description": "; ".join(fields), "price": price}
                 key = tuple(row.values())
-                yield number, row | {"repeated": key in seen and price is not None}
+                yield number, row | {REPEATED: key in seen and price is not None}
                 seen.add(key)
 
 

@@ -143,6 +143,15 @@ def test_pruning_opens_less_loses_nothing_and_moves_only_what_was_shut():
     np.testing.assert_allclose((pruned * cut[:, None])[certain], (exact * full[:, None])[certain], rtol=1e-6)
 
 
+def test_pruning_goes_by_what_names_a_price():
+    """A model that hardly ever writes a price says as much by those it does."""
+    _, prefill, extend = random_model(sharpness=0.3, digit_bias=3.0)
+    tree = PriceTree.build(digits)
+    exact, named = price_distribution(prefill, extend, PROMPTS, tree)
+    pruned, _ = price_distribution(prefill, extend, PROMPTS, tree, 1e-3)
+    assert named.max() < 0.1 and (np.abs(pruned - exact).sum(1) / 2).max() < 0.05
+
+
 def test_greedy_is_what_generation_writes():
     log_probs, prefill, extend = random_model()
     for encode in (digits, whole, pairs):

@@ -4,8 +4,10 @@ line."""
 import csv
 import io
 import json
+import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -18,15 +20,19 @@ import torch
 from conftest import byte_tokenizer_json, hugging_face_model, tiny_config
 from safetensors.torch import load_file, save_file
 
+import train
 from evaluate import BLEND, blended
-from forecast import Run, read_held
+from forecast import Forecast, Run, read_held
 from options import training_options
+from pricer import pick_dtype, run_items
 from pricing.baselines import BASELINES
-from pricing.items import split_of
+from pricing.intervals import cross_calibrated_range
+from pricing.items import items_from_rows, read_rows, sample, split_of
+from pricing.leaks import leaks
 from pricing.metrics import bootstrap_interval
 from pricing.prompt import encode_prompt
 from states import last_states
-from train import peak_rate
+from train import learning_rate, peak_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = tempfile.TemporaryDirectory()  # not the user's
@@ -62,6 +68,12 @@ def place(tmp_path_factory):
     (place / "train.txt").write_text(out)
     run("evaluate.py", "--ckpt", place / "out", "--quiet")
     return place
+
+
+def priced_items(place):
+    """(test, train) of the module's data"""
+    items, _ = items_from_rows(read_rows(place / "items.jsonl"), "items")
+    return [[item for item in items if item.split == split] for split in ("test", "train")]
 
 
 def metrics_of(place, out="out"):
@@ -113,6 +125,10 @@ def test_evaluating_twice_gives_the_same_numbers(place):
     assert (place / "out" / "report" / "predictions.csv").read_text() == rows
     errors, titles = zip(*((float(r["error"]), r["title"]) for r in csv.DictReader(io.StringIO(rows))), strict=True)
     assert second["mae_ci95"] == pytest.approx(bootstrap_interval(np.array(errors), titles), abs=0.01)
+    test, train = priced_items(place)
+    constant = np.mean([item.price for item in train])  # not of the test prices, which nobody knows
+    assert second["constant_mae"] == pytest.approx(np.mean([abs(item.price - constant) for item in test]))
+    assert second["leaks"]["share"] == len(leaks([i.text for i in train], [i.text for i in test])) / len(test) < 0.5
     for key in ("mae", "rmsle", "coverage", "width", "hits", "ratio", "bias", "r2"):
         assert second[key] == pytest.approx(first[key], rel=1e-5), key  # batches of other sizes, in float32
 
@@ -163,7 +179,11 @@ def test_other_ways_to_decode(place, decode):
 
 
 def test_predict_prices_a_text_and_a_file(place):
-    gold, _ = run("predict.py", "--ckpt", place / "out", "gold 203\nring\n" + " ".join(["gold"] * 8))
+    text = "gold 203\nring\n" + " ".join(["gold"] * 8)
+    gold, _ = run("predict.py", "--ckpt", place / "out", text)
+    half, _ = run("predict.py", "--ckpt", place / "out", text, "--interval", "50")
+    ends = [[int(n) for n in re.findall(r"\$(\d+)", line)] for line in (gold, half)]
+    assert ends[0][0] == ends[1][0] and ends[0][1] <= ends[1][1] and ends[1][2] < ends[0][2], (gold, half)
     tin, _ = run("predict.py", "--ckpt", place / "out", "tin 203\nring\n" + " ".join(["tin"] * 8))
     price = [int(line.split()[0].lstrip("$")) for line in (gold, tin)]
     assert price[0] > 500 and price[1] < 60 and "(80 %: $" in gold
@@ -230,6 +250,10 @@ def test_16_bits_and_bfloat16_and_the_soft_loss_run(place):
     run("train.py", "--model", place / "model", "--data", place / "items.jsonl", "--out", place / "out16", *options)
     out, _ = run("evaluate.py", "--ckpt", place / "out16", "--quiet", "--no-untuned", "--dtype", "bf16", "--items", "5")
     assert "5 held-out items" in out
+    run("evaluate.py", "--ckpt", place / "out16", "--quiet", "--no-untuned", "--decode", "greedy", "--items", "5")
+    metrics, (_, train) = metrics_of(place, "out16"), priced_items(place)
+    assert metrics["parse_failures"] == 5  # nothing learnt: what it writes is no price
+    np.testing.assert_allclose(guesses(place / "out16")[:, 0], np.median([item.price for item in train]), atol=0.01)
 
 
 def test_8_bits_train_resume_evaluate_predict_and_merge(place):
@@ -344,9 +368,11 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(place, tmp_path):
     (tmp_path / "no_val.jsonl").write_text(json.dumps(row))
     (tmp_path / "rows.json").write_text('{"a": []}')
     ablation = ["-m", "benchmarks.ablation", "--rows", tmp_path / "rows.json", "--out", tmp_path / "rows"]
-    best = ["--keep", "best"]
+    best, long = ["--keep", "best"], ["--max-tokens", "9999", "--batch-tokens", "9999"]
+    (tmp_path / "long.jsonl").write_text(json.dumps(row | {"description": "tin " * 300}))
     cases = [
-        (["train.py", *model, "--data", tmp_path / "no_val.jsonl", *best], "no_val.jsonl: no item is in the val split"),
+        (["train.py", *model, "--data", tmp_path / "no_val.jsonl", *best], "no new item is in the val split"),
+        (["train.py", *model, "--data", tmp_path / "long.jsonl", *long], "knows 512 positions, an item has 1,"),
         (["-m", "benchmarks.ablation", "--rows", tmp_path / "no.json"], "no.json"),
         ([*ablation, "--jobs", "0"], "--jobs must be at least 1"),
         ([*ablation, "--data", tmp_path / "empty.jsonl"], "1 of 1 rows failed: a"),
@@ -389,11 +415,42 @@ def test_the_best_check_is_kept_and_its_ranges_are_calibrated(place, tmp_path):
     record = json.loads((place / "best" / "run.json").read_text())
     checks = [json.loads(x) for x in (place / "best" / "metrics.jsonl").read_text().splitlines() if "val_mae" in x]
     assert record["steps"] == min(checks, key=lambda c: c["val_mae_dollars"])["step"] < 60
+    assert f"the best of {record['steps'] // 3 + 2} checks" in out  # and two that were not
     assert record["prompt"] == "{text}\nPrice: $" and record["validation"]["items"] > 20
     run("evaluate.py", "--ckpt", place / "best", "--quiet", "--no-untuned", "--interval", "90")
     metrics = metrics_of(place, "best")
     assert metrics["calibrated"] and metrics["share"] == 0.9 and metrics["coverage"] > 0.75
     assert 0 <= metrics["leaks"]["share"] <= 1
+
+
+@pytest.mark.parametrize("plan", ["Plan()", "Plan(head8=True)"])
+def test_training_and_pricing_see_the_same_validation_items_alike(place, tmp_path, plan):
+    """With dropout, which is for training alone; beside an lm_head in 8 bits. Texts trained on take no part in it."""
+    hugging_face_model(tiny_config(vocab_size=256, tie_word_embeddings=False), tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(byte_tokenizer_json()))
+    rows = [{"title": f"tin {n}", "price": 5 + n % 40, "split": "val" if n % 2 else "train"} for n in range(60)]
+    rows += [row | {"split": "val"} for row in rows if row["split"] == "train"]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    planned = f"import train; train.plan_for = lambda *a, **k: (train.{plan}, []); train.main()"
+    options = ["--dropout", "0.5"] if plan == "Plan()" else []
+    options += ["--max-steps", "3", "--batch-tokens", "512", "--lr", "5e-3", "--out", tmp_path / "out"]
+    run("-c", planned, "--model", tmp_path / "model", "--data", tmp_path / "items.jsonl", *options)
+    run("evaluate.py", "--ckpt", tmp_path / "out", "--split", "val", "--quiet", "--no-untuned")
+    validation = json.loads((tmp_path / "out" / "run.json").read_text())["validation"]
+    priced = json.loads((tmp_path / "out" / "report_val" / "metrics.json").read_text())
+    assert validation["items"] == priced["n"] == 30
+    assert validation["mae_dollars"] == pytest.approx(priced["mae"], rel=1e-5)
+    cpu = torch.device("cpu")
+    held, opened = read_held(tmp_path / "out"), Run(tmp_path / "out", cpu, pick_dtype("auto", cpu))
+    assert (opened.model.head_scale is not None) == ("head8" in plan)
+    items = [item for item in run_items(opened.about) if item.split == "val" and int(item.title.split()[1]) % 2]
+    found = opened.forecast(opened.prompts(sample(items, 1000)))
+    np.testing.assert_allclose(found.digits, held["digits"], atol=1e-4)
+    found, truth = opened.forecast(opened.prompts(items)), np.array([item.price for item in items])
+    low, high, _ = cross_calibrated_range(found.quantiles("blend"), found.median(), 0.8, truth)
+    with open(tmp_path / "out" / "report_val" / "predictions.csv", newline="") as file:
+        said = {row["id"]: (float(row["low"]), float(row["high"])) for row in csv.DictReader(file)}
+    np.testing.assert_allclose([said[item.id] for item in items], np.stack([low, high], 1), rtol=1e-3, atol=0.01)
 
 
 def test_data_that_changed_since_training_is_refused(place, tmp_path):
@@ -408,6 +465,69 @@ def test_data_that_changed_since_training_is_refused(place, tmp_path):
 def test_the_blend_is_a_weighted_mean_in_log_price():
     expected = 100**0.65 * 200**0.175 * 50**0.175
     np.testing.assert_allclose(blended(np.array([100.0]), np.array([200.0]), np.array([50.0])), [expected])
+
+
+def test_the_rate_of_a_run():
+    assert [learning_rate(p, 2.0, "linear", 0.2) for p in (0.0, 0.1, 0.2, 0.6, 1.0)] == [0, 1, 2, 1, 0]
+    assert learning_rate(0.6, 2.0, "cosine", 0.2) == pytest.approx(1) and learning_rate(0.4, 2.0, "constant", 0.2) == 2
+    assert learning_rate(0.4, 2.0, "cosine", 0.2) == pytest.approx(1 + math.sqrt(0.5))
+
+
+def test_three_forecasts_count_alike(monkeypatch):
+    three = object.__new__(Run)
+    three.paths, three.heads, three.at, three.model, three.tree = list("abc"), [None] * 3, 0, None, None
+    monkeypatch.setattr("forecast.load_adapter", lambda model, path: None)
+    each = iter([1.0, 2.0, 6.0])
+
+    def fake(model, tree, prompts, head, *, batch_tokens, prune, on_batch):
+        found = Forecast(*[np.full((2, 2), next(each))] * 2)
+        if on_batch:
+            on_batch([1], Forecast(found.distribution[1:], found.digits[1:]))
+        return found
+
+    seen = []
+    monkeypatch.setattr("forecast.forecast", fake)
+    found = three.forecast([[1], [2]], on_batch=lambda indices, part: seen.append(part.digits))
+    np.testing.assert_allclose(found.digits, 3)
+    np.testing.assert_allclose(seen, [[[3, 3]]])
+
+
+def test_further_members_take_over_what_the_first_ones_plan_settled(monkeypatch):
+    seen, settled = [], {"optimiser": "sgd", "head8": True}
+    monkeypatch.setattr(sys, "argv", ["train.py", "--members", "3", "--out", "o"])
+    monkeypatch.setattr("train.train", lambda args, plan=None: seen.append((args.out, args.seed, plan)))
+    monkeypatch.setattr("train.read_run", lambda ckpt: {"plan": settled})
+    train.main()
+    assert seen == [("o", 0, None), ("o/members/1", 1, settled), ("o/members/2", 2, settled)]
+
+
+@pytest.mark.parametrize("warmup", ["-0.1", "1", "1.5", "nan"])
+def test_a_warm_up_that_never_ends_is_refused(warmup, capsys):
+    with pytest.raises(SystemExit):
+        training_options(["--warmup", warmup])
+    assert "--warmup is a share of the run, from 0 to less than 1" in capsys.readouterr().err
+
+
+def test_an_ablations_row_that_is_worse_stands_above_the_first(monkeypatch, tmp_path):
+    from benchmarks import ablation
+
+    def measured(out, training, head, rows, split, gpu, done):
+        for name, row in rows.items():
+            report = ablation.report_of(out.parent, name)
+            report.mkdir(parents=True)
+            lines = [f"{n},part {n},10,{10 + float(row[1])},1,20,{row[1]},red" for n in range(9)]
+            header = "id,title,truth,guess,low,high,error,colour"
+            (report / "predictions.csv").write_text("\n".join([header, *lines]) + "\n")
+            done(name, dict(mae=float(row[1]), rmsle=0, hits=0, coverage=0, train_seconds=0))
+
+    (tmp_path / "rows.json").write_text('{"good": ["--lr", "1"], "bad": ["--lr", "4"]}')
+    monkeypatch.setattr(ablation, "measure", measured)
+    monkeypatch.setattr(
+        sys, "argv", ["ablation", "--rows", str(tmp_path / "rows.json"), "--out", str(tmp_path / "out")]
+    )
+    ablation.main()
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert table["bad"]["against_first"]["difference"] == 3 and "against_first" not in table["good"]
 
 
 def test_the_rate_falls_with_the_models_width():

@@ -314,6 +314,7 @@ def test_what_is_not_known_is_refused_in_a_line_that_names_it(gguf_file, tmp_pat
     ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "'yarn' is not supported"),
     ({"llama.rope.dimension_count": 16, "llama.attention.key_length": 32}, "must be head_dim, 32"),
     ({"llama.attention.value_length": 16}, "must be head_dim, 32"),
+    ({"llama.feed_forward_length": [8, 8]}, "for each layer is not supported.*: llama.feed_forward_length"),
 ])  # fmt: skip
 def test_networks_that_differ_are_refused(more, words):
     fields = {

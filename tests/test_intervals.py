@@ -123,16 +123,20 @@ def test_ranges_are_moved_by_what_held_out_forecasts_ask_for():
     rng = np.random.default_rng(0)
     quantiles = log_quantiles(rng.dirichlet(np.ones(1000), 12))
     truth = rng.uniform(1, 900, 12)
-    low, high, calibrated = calibrated_range(quantiles[:3], 0.9, quantiles, truth)
+    low, high, calibrated = calibrated_range(quantiles[:3], np.exp(quantiles[:3, MIDDLE]), 0.9, quantiles, truth)
     offset = conformal_offset(*central_range(quantiles, 0.9), truth, 0.9)
     assert calibrated and abs(offset) > 0.01
     low_end, high_end = central_range(quantiles[:3], 0.9)
     expected = widen(low_end, np.exp(quantiles[:3, MIDDLE]), high_end, offset)
     np.testing.assert_array_equal([low, high], expected)
-    low, high, calibrated = calibrated_range(quantiles[:3], 0.95, quantiles, truth)  # would need 19 items
+    guess = np.array([low[0] / 2, (high[1] + 999) / 2, high[2]])  # as the mode's may be: its range holds it
+    around = calibrated_range(quantiles[:3], guess, 0.9, quantiles, truth)
+    np.testing.assert_array_equal(around[:2], [[guess[0], low[1], low[2]], [high[0], guess[1], high[2]]])
+    low, high, calibrated = calibrated_range(quantiles[:3], guess, 0.95, quantiles, truth)
+    low_end, high_end = central_range(quantiles[:3], 0.95)  # would need 19 items
     assert not calibrated
-    np.testing.assert_array_equal([low, high], central_range(quantiles[:3], 0.95))
-    assert not calibrated_range(quantiles, 0.8, quantiles[:0], truth[:0])[2]
+    np.testing.assert_array_equal([low, high], [np.minimum(low_end, guess), np.maximum(high_end, guess)])
+    assert not calibrated_range(quantiles, np.full(12, 9.0), 0.8, quantiles[:0], truth[:0])[2]
 
 
 def test_validation_items_are_calibrated_by_their_other_half():
@@ -140,10 +144,11 @@ def test_validation_items_are_calibrated_by_their_other_half():
     rng = np.random.default_rng(0)
     centre, spread = rng.normal(4, 0.7, 400), 0.3 * np.array([-1.96, *np.linspace(-1.64, 1.64, 19), 1.96])
     quantiles, truth = centre[:, None] + spread / 3, np.exp(centre + 0.3 * rng.normal(size=400))
-    low, high, calibrated = cross_calibrated_range(quantiles, 0.8, truth)
+    guess = np.exp(centre)
+    low, high, calibrated = cross_calibrated_range(quantiles, guess, 0.8, truth)
     own = conformal_offset(*central_range(quantiles, 0.8), truth, 0.8)
     assert calibrated and 0.74 < np.mean((low <= truth) & (truth <= high)) < 0.86
-    by_odd = calibrated_range(quantiles[::2], 0.8, quantiles[1::2], truth[1::2])
+    by_odd = calibrated_range(quantiles[::2], guess[::2], 0.8, quantiles[1::2], truth[1::2])
     np.testing.assert_array_equal(low[::2], by_odd[0])
     assert not np.allclose(low, central_range(quantiles, 0.8)[0] * math.exp(-own))
-    assert not cross_calibrated_range(quantiles[:6], 0.8, truth[:6])[2]
+    assert not cross_calibrated_range(quantiles[:6], guess[:6], 0.8, truth[:6])[2]

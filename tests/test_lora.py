@@ -121,7 +121,7 @@ def test_delta_is_what_the_layer_adds(tiny):
     train_a_little(model)
     layer = lora_layers(model)["layers.1.mlp.down_proj"]
     x = torch.randn(5, layer.base.in_features)
-    merged = layer.base.dequantise(torch.float32) + layer.delta()
+    merged = layer.base.dequantise(torch.float32) + layer.scaling * layer.lora_B @ layer.lora_A
     torch.testing.assert_close(layer(x), x @ merged.T, rtol=1e-5, atol=1e-5)
 
 

@@ -40,6 +40,12 @@ def test_never_the_item_itself_nor_one_of_its_title_or_text():
     assert 2 not in index.nearest([renamed], 5)[0]  # the same text under another title
 
 
+def test_the_earlier_of_equals_come_first():
+    index = build([Item(str(n), f"t{n}", "blue pen" if n else "red pen", 1.0 + n, "", "train") for n in range(400)])
+    rows, _ = index.nearest([Item("x", "x", "a blue one", 5.0, "", "test")], 5)
+    assert rows.tolist() == [[1, 2, 3, 4, 5]]
+
+
 def test_as_brute_force_has_it_in_any_chunks(monkeypatch):
     rng = np.random.default_rng(0)
     words = [f"w{n}" for n in range(40)]

@@ -12,8 +12,9 @@ from conftest import shared
 
 from llama.tokenizer import Tokenizer
 from pricing import sources
-from pricing.batch import batches, by_length, count_batches, pack, shape_of
+from pricing.batch import batches, by_length, count_batches, pack, plan, shape_of
 from pricing.items import (
+    REPEATED,
     Item,
     item_from_row,
     items_from_rows,
@@ -22,6 +23,7 @@ from pricing.items import (
     read_rows,
     sample,
     split_of,
+    unseen,
 )
 from pricing.prompt import PROMPT, Example, encode_items, encode_prompt, load_prompt
 
@@ -184,6 +186,15 @@ def test_a_sample_does_not_depend_on_the_order_of_the_file():
     assert chosen == sample(items[::-1], 10) and len(chosen) == 10 and chosen != items[:10]
 
 
+def test_a_text_that_is_trained_on_is_not_new():
+    train, held = items_of("Red mug, 1 l", "blue mug"), items_of("red MUG 1 l", "green mug")
+    assert unseen(held, train) == held[1:] and unseen(held, []) == held
+
+
+def test_a_column_of_any_name_throws_no_row_away():
+    assert item_from_row(row(repeated="no"), 1).title == "Steel mug"
+
+
 def test_the_split_column_decides_where_it_is_there():
     assert item_from_row(row(split="validation"), 1).split == "val"
     assert {item_from_row(row(title=f"t{n}", split="test"), n).split for n in range(50)} == {"test"}
@@ -233,7 +244,7 @@ def test_pc_parts_rows_by_hand(tmp_path):
         )
     rows = list(sources.pc_parts_rows(tmp_path / "a.zip"))
     fan = {"title": "Fan", "category": "case fan", "description": "rpm: 500 / 900; pwm: yes; size: 120", "price": 9.5}
-    assert rows[0] == (1, fan | {"repeated": False})
+    assert rows[0] == (1, fan | {REPEATED: False})
     items, skipped = items_from_rows(rows, "parts")
     assert len(items) == 1
     assert skipped.counts == {"rows that repeat an earlier one": 1, "rows without a price": 1}
@@ -278,7 +289,7 @@ def test_the_mask_covers_exactly_the_answer(tokenizer):
     # What lies behind the items is filler: in sequences of its own, none too long, and never learnt.
     lengths = np.diff(batch.edges)
     assert len(batch.tokens) == 512 and lengths.sum() == 512 and lengths.max() <= shape.longest
-    assert batch.at.max() < batch.real_tokens and (batch.targets != -100).sum() == batch.supervised
+    assert batch.at.max() < batch.real_tokens and sum(batch.targets >= 0) == sum(len(e.answer) for e in batch.examples)
     assert (np.diff(batch.slots)[np.diff(batch.positions) == 1] == 1).all() and len(set(batch.slots)) == 512
     with pytest.raises(ValueError, match="an item of .* tokens does not fit"):
         pack(examples, replace(shape, longest=shape.longest - 1))
@@ -335,6 +346,8 @@ def test_every_epoch_has_every_item_once_and_resumes_anywhere():
     assert flat[: sizes[0]] != flat[sizes[0] : sizes[1]]
     real = sum(pack(batch, shape).real_tokens for batch in flat[: sizes[0]])
     assert real / (sizes[0] * shape.tokens) > 0.9  # little filler
+    read = [[sum(len(examples[i].prompt) for i in b) for b in plan(examples, shape, seed, 0)] for seed in range(10)]
+    assert np.mean([np.argmin(sizes) / len(sizes) for sizes in read]) < 0.7  # the least filled does not come last
     for start in (0, 3, sizes[0], sizes[0] + 2):
         resumed = batches(examples, shape, seed=3, start=start)
         assert [next(resumed) for _ in range(len(flat) - start)] == flat[start:]
