@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from forecast import Run, forecast, tree_functions
 from lora.checkpoint import write_directory
-from options import add_batch_argument, add_model_arguments
+from options import Parser, add_batch_argument, add_model_arguments
 from pricer import pick_device, pick_dtype, run_items, run_main
 from pricing.baselines import run_baselines
 from pricing.batch import by_length
@@ -37,7 +37,7 @@ BLENDED = ("random forest", "residual network")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--ckpt", default="out", help="the directory that train.py wrote")

@@ -31,6 +31,7 @@ from pricing.neighbours import INDEX, Index, with_neighbours
 from pricing.prompt import Example, encode_items
 from states import READ, adapter_digest, forward_tokens, head_states
 
+COMPLETE = "state/complete"  # a file in a checkpoint whose run has come to its end: nothing is left to resume
 HELD = "validation.safetensors"  # a run's own forecasts of its validation items
 MOST_HELD = 1000  # validation items that price ranges are calibrated on: then a share is right within 1.3 %
 
@@ -136,6 +137,9 @@ class Run:
                 f"the heads of {ckpt} and of {others[0]} are of two kinds; train both anew with "
                 f"`python -m pricing.head --ckpt {ckpt}`"
             )
+        if (Path(ckpt) / "state").is_dir() and not (Path(ckpt) / COMPLETE).is_file():
+            steps = f"saved at step {self.about['steps']:,} of a run that has not come to its end"
+            print(f"{ckpt} was {steps}: train.py --resume --out {ckpt}", file=sys.stderr)
         self.model, self.tokenizer = load_run(ckpt, self.about, device, dtype)
         self.heads = [head and head.to(device) for head in self.heads]
         self.at = 0  # the member whose adapter is in the model
@@ -241,7 +245,7 @@ def open_head(ckpt: str | Path) -> Head:
     head = load_head(ckpt)
     if head.settings.get("adapter") != adapter_digest(ckpt):
         raise ValueError(
-            f"the head in {ckpt} was trained on the states of another adapter; "
-            f"train it anew with `python -m pricing.head --ckpt {ckpt}`"
+            f"the head in {ckpt} was trained on the states of another adapter, or its adapter_model.safetensors is "
+            f"damaged; train the head anew with `python -m pricing.head --ckpt {ckpt}`"
         )
     return head

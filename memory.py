@@ -49,7 +49,10 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(GiB|MiB|GB|MB|)", text.strip())
     if not match:
         raise ValueError(f"{text!r} is no amount of memory; write 6GiB or 6144MiB")
-    return int(float(match[1]) * {"GiB": GIB, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6, "": 1}[match[2]])
+    size = float(match[1]) * {"GiB": GIB, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6, "": 1}[match[2]]
+    if size < 1 << 20:
+        raise ValueError(f"{text!r} is {size:,.0f} bytes; write 6GiB or 6144MiB")
+    return int(size)
 
 
 class Estimate:

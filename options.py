@@ -15,6 +15,13 @@ from pricing.loss import LOSSES
 from quant.linear import BITS
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors are one line too"""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message} (--help says what there is)\n")
+
+
 def add_model_arguments(parser) -> None:
     """The options that say where and in which precision a model runs."""
     group = parser.add_argument_group("hardware")
@@ -38,7 +45,7 @@ def add_batch_argument(parser) -> None:
 def training_options(argv: list[str] | None = None) -> argparse.Namespace:
     """What train.py is told, checked: what cannot be meant ends here, before anything is read."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Fine-tune a Llama in 4, 8 or 16 bits to tell a product's price from its text.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -51,7 +58,7 @@ def training_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(parser, args: argparse.Namespace, argv: list[str]) -> None:
     """Ends the script in one line where options do not fit together."""
-    least_values = dict(size=1, max_tokens=1, batch_tokens=1, accumulate=1, log_every=1, val_items=0)
+    least_values = dict(size=1, max_tokens=1, batch_tokens=1, rank=1, accumulate=1, log_every=1, val_items=0)
     least_values |= dict(members=1, neighbours=0)
     for name, least in least_values.items():
         if getattr(args, name) < least:

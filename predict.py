@@ -7,7 +7,6 @@ The price is the median of what the digits and the head think together. A file i
 or `title` and more, in each row; or .txt with a text in each line.
 """
 
-import argparse
 import csv
 import sys
 from pathlib import Path
@@ -15,10 +14,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from forecast import Run
-from options import add_batch_argument, add_model_arguments
+from options import Parser, add_batch_argument, add_model_arguments
 from pricer import pick_device, pick_dtype, run_main
 from pricing.intervals import SHARES, calibrated_range
-from pricing.items import Item, read_rows, text_of
+from pricing.items import Item, read_rows, read_text, text_of
 
 CHUNK = 5000  # texts whose distributions over 1,000 prices are held at a time: 40 MB for each member
 
@@ -28,21 +27,25 @@ def read_texts(path: Path) -> list[str]:
     if path.suffix.lower() == ".txt":
         if not path.is_file():
             raise ValueError(f"{path} does not exist")
-        texts = [
-            (n, line.strip()) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()
-        ]
+        rows = [(n, {"text": line}) for n, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
     else:
-        texts = [(n, text_of(row) if isinstance(row, dict) else "") for n, row in read_rows(path, need_price=False)]
-    for number, text in texts:
+        rows = read_rows(path, need_price=False)
+    texts = []
+    for number, row in rows:
+        try:
+            text = text_of(row) if isinstance(row, dict) else ""
+        except ValueError as reason:
+            raise ValueError(f"{path}, row {number}: one of the {reason}") from None
         if not text:
             raise ValueError(f"{path}, row {number}: no text to price")
+        texts.append(text)
     if not texts:
         raise ValueError(f"{path} is empty")
-    return [text for _, text in texts]
+    return texts
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("text", nargs="*", help="what to price")
     parser.add_argument("--ckpt", default="out", help="the directory that train.py wrote (default: out)")
     parser.add_argument("--file", type=Path, help="a file of texts; writes CSV: text, price, low, high in dollars")

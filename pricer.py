@@ -25,7 +25,7 @@ from pricing.items import Item
 from pricing.sources import load_items
 from quant.fast import Group, HostEmbedding, group_linears, kernels_missing
 from quant.int8 import quantise_weight
-from quant.linear import FrozenLinear, quantise_linear
+from quant.linear import BITS, FrozenLinear, quantise_linear
 
 # What a run of before an option did, which its run.json does not say.
 OLDER = {"head": "none", "members": 1, "neighbours": 0, "train_items": None, "outlier_threshold": 6.0}
@@ -38,7 +38,8 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped; nothing half-written is left behind", file=sys.stderr)
+        saved = "what --save-every saved, --resume goes on from"
+        print(f"\nstopped; nothing half-written is left behind; {saved}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("DEBUG"):
@@ -133,13 +134,20 @@ def read_run(ckpt: str | Path) -> dict:
     """run.json of a checkpoint directory. Raises ValueError where it is none."""
     path = Path(ckpt) / "run.json"
     if not path.is_file():
-        raise ValueError(f"{ckpt} is no checkpoint of train.py: it has no run.json")
+        why = "has no run.json" if Path(ckpt).is_dir() else "does not exist"
+        raise ValueError(f"{ckpt} is no checkpoint of train.py: it {why}")
     try:
         run = json.loads(path.read_text())
         missing = {"model", "bits", "blocksize", "double_quant", "data", "size", "max_tokens"} - set(run["options"])
         if missing or not {"prompt", "data", "steps"} <= set(run):
             raise KeyError(", ".join(sorted(missing)))
-        return run | {"options": OLDER | run["options"]}
+        options = OLDER | run["options"]
+        numbers = ("bits", "blocksize", "size", "max_tokens", "members", "neighbours", "batch_tokens", "rank")
+        if wrong := [key for key in numbers if type(options.get(key, 1)) is not int]:
+            raise TypeError(f"{wrong[0]} is {options[wrong[0]]!r}")
+        if options["bits"] not in BITS or run["prompt"].count("{text}") != 1:
+            raise TypeError(f"bits are {options['bits']!r}, the prompt is {run['prompt']!r}")
+        return run | {"options": options}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or of another version: {error!r}") from None
 

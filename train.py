@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from engine import Step
-from forecast import MOST_HELD, Forecast, encode_run, forecast, write_held
+from forecast import COMPLETE, MOST_HELD, Forecast, encode_run, forecast, write_held
 from llama.model import Llama
 from lora.adapter import load_adapter, save_adapter
 from lora.checkpoint import check_writable, load_state, save_state, write_directory
@@ -55,7 +55,6 @@ from pricing.prompt import Example, encode_items, load_prompt
 from pricing.sources import load_items
 from states import adapter_digest, last_states
 
-COMPLETE = "state/complete"  # a file in a checkpoint whose run has come to its end: nothing is left to resume
 SIZED = 64  # prompts at most whose states say how large what the head reads is
 
 
@@ -128,6 +127,8 @@ def train(args: argparse.Namespace, settled: dict | None = None) -> None:
         raise ValueError(f"{args.data}: none of the {len(items)} items is in the train split")
     if not val_items and (args.keep == "best" or args.patience):
         raise ValueError(f"{args.data}: no new item is in the val split, by which --keep best and --patience go")
+    if not any(item.split == "test" for item in items):
+        print(f"data       {args.data}: no item is in the test split; evaluate.py will have nothing to price")
     print(
         f"data       {args.data}: {len(items):,} items, {len(train_items):,} to train on"
         + (f"; left out: {skipped}" if skipped.counts else "")

@@ -36,6 +36,9 @@ def merged_weight(
         for part in weight.split(rows or len(weight))
     ]
     whole = torch.cat([part.dequantise(torch.float32) for part in frozen])
+    if whole.shape != (lora_B.shape[0], lora_A.shape[1]):
+        shapes = f"{tuple(whole.shape)}, the adapter is for one of {(lora_B.shape[0], lora_A.shape[1])}"
+        raise ValueError(f"a weight of the base is {shapes}: another base model?")
     return (whole + scaling * (lora_B.float() @ lora_A.float())).to(torch.bfloat16)
 
 

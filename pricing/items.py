@@ -22,6 +22,7 @@ SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "
 # Published data sets hold the finished prompt, answer included: `...Price is $123.00`. The text is what lies between.
 QUESTION = re.compile(r"^(How much|What) does this cost to the nearest dollar\?\s*")
 ANSWER = re.compile(r"\s*Price is \$[\d.,]*\s*$")
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what a byte that is no UTF-8 is read as
 REPEATED = ("repeated",)  # marks a row that repeats an earlier one; no column of a file has such a name
 
 
@@ -113,7 +114,10 @@ def text_of(row: dict) -> str:
     """What the model reads: `text`, else title, category, brand and description, a line each.
 
     `summary` and `prompt`, as published price data sets call it, stand in for `text` where there is no description.
+    Raises ValueError with the reason where a cell was not written in UTF-8.
     """
+    if any(isinstance(cell, str) and NOT_UTF8.search(cell) for cell in row.values()):
+        raise ValueError("rows that are not in UTF-8")
     for key in ("text",) if clean(row.get("description")) else ("text", "summary", "prompt"):
         if clean(row.get(key)):
             return ANSWER.sub("", QUESTION.sub("", readable(row[key]).strip())).strip()
@@ -147,14 +151,26 @@ def item_from_row(row: dict, number: int) -> Item:
     )
 
 
+def read_text(path: Path) -> str:
+    """Raises ValueError where the file is not in UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error.reason} at byte {error.start}); save it so") from None
+
+
 def read_rows(path: str | Path, need_price: bool = True) -> Iterator[tuple[int, dict | None]]:
-    """(row number from 1, row) of a JSONL, CSV or Parquet file; the row is None where a line is no JSON."""
+    """(number from 1, row) of a JSONL, CSV or Parquet file; in JSONL the line's number, in CSV counted below the first
+    line. The row is None where a line is no JSON; text_of finds what is no UTF-8."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"data file {path} does not exist")
+        raise ValueError(f"data file {path} {'is a directory' if path.is_dir() else 'does not exist'}")
     kind = path.suffix.lower()
+    with open(path, "rb") as handle:
+        if handle.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError(f"{path} is in UTF-16; save it in UTF-8")
     if kind in (".jsonl", ".ndjson"):
-        with open(path, encoding="utf-8-sig", errors="replace") as lines:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
@@ -162,14 +178,17 @@ def read_rows(path: str | Path, need_price: bool = True) -> Iterator[tuple[int, 
                     except (ValueError, RecursionError):  # no JSON, or a number or nesting beyond all measure
                         yield number, None
     elif kind == ".csv":
-        with open(path, encoding="utf-8-sig", errors="replace", newline="") as lines:
-            reader = csv.DictReader(lines)
+        csv.field_size_limit(2**31 - 1)
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+            reader = csv.DictReader(lines, strict=True)  # else an open quotation mark would swallow the rows behind it
             try:
-                if need_price and "price" not in (reader.fieldnames or []):
-                    raise ValueError(f"{path}: the first line must name the columns, `price` among them")
+                if need_price and "price" not in (names := reader.fieldnames or []):
+                    columns = "the first line must name the columns, `price` among them, with commas between"
+                    raise ValueError(f"{path}: {columns}; it names {', '.join(map(repr, map(readable, names)))}")
                 yield from enumerate(reader, 1)
             except csv.Error as error:
-                raise ValueError(f"{path}, line {reader.line_num}: {error}; is a quotation mark left open?") from None
+                where = f"{path}, line {reader.line_num + 1}"
+                raise ValueError(f"{where}: {error}; is a quotation mark left open?") from None
     elif kind == ".parquet":
         import pyarrow
         import pyarrow.parquet
@@ -188,8 +207,10 @@ def read_rows(path: str | Path, need_price: bool = True) -> Iterator[tuple[int, 
 
 def items_from_rows(rows: Iterable[tuple[int, dict]], source: str, strict: bool = False) -> tuple[list[Item], Skipped]:
     """Checked items, and what was left out. With `strict` the first bad row is a ValueError that names it."""
-    items, skipped = [], Skipped()
+    items, skipped, columns = [], Skipped(), ""
     for number, row in rows:
+        if not columns and isinstance(row, dict):
+            columns = f"; columns of the first row: {', '.join(map(str, row))}"
         try:
             items.append(item_from_row(row, number))
         except ValueError as reason:
@@ -197,5 +218,5 @@ def items_from_rows(rows: Iterable[tuple[int, dict]], source: str, strict: bool 
                 raise ValueError(f"{source}, row {number}: one of the {reason}") from None
             skipped.add(str(reason), number)
     if not items:
-        raise ValueError(f"{source} holds no usable item{f': {skipped}' if skipped.counts else ': it is empty'}")
+        raise ValueError(f"{source} holds no usable item: {f'{skipped}{columns}' if skipped.counts else 'it is empty'}")
     return items, skipped

@@ -10,7 +10,7 @@ search.
 from dataclasses import dataclass
 from pathlib import Path
 
-from pricing.items import Item
+from pricing.items import Item, read_text
 
 PROMPTS = {
     "first": "How much does this cost to the nearest dollar?\n\n{text}\n\nPrice is $",
@@ -28,7 +28,7 @@ def load_prompt(name: str) -> str:
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"--prompt {name} is neither {', '.join(PROMPTS)} nor a file")
-    template = path.read_text(encoding="utf-8").removesuffix("\n")
+    template = read_text(path).removesuffix("\n")
     if template.count("{text}") != 1:
         raise ValueError(f"{name}: a prompt must contain {{text}} exactly once")
     if template.endswith("{text}") or template[-1].isspace() or template[-1].isdigit():

@@ -367,7 +367,15 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(place, tmp_path):
     row = {"title": "tin 1", "price": 8, "description": "tin", "split": "train"}
     (tmp_path / "no_val.jsonl").write_text(json.dumps(row))
     (tmp_path / "rows.json").write_text('{"a": []}')
+    for name, key, value in (("five", "bits", 5), ("word", "batch_tokens", "4oo"), ("blind", "prompt", "What?")):
+        shutil.copytree(place / "out", tmp_path / name)
+        record = json.loads((place / "out" / "run.json").read_text())
+        (record if key == "prompt" else record["options"])[key] = value
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    (tmp_path / "latin.txt").write_bytes(b"ring\xe9")
     ablation = ["-m", "benchmarks.ablation", "--rows", tmp_path / "rows.json", "--out", tmp_path / "rows"]
+    other, merge = tmp_path / "other", ["-m", "lora.merge", "--ckpt", place / "out"]
+    hugging_face_model(tiny_config(vocab_size=256, tie_word_embeddings=True, intermediate_size=128), other)
     best, long = ["--keep", "best"], ["--max-tokens", "9999", "--batch-tokens", "9999"]
     (tmp_path / "long.jsonl").write_text(json.dumps(row | {"description": "tin " * 300}))
     cases = [
@@ -388,6 +396,13 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(place, tmp_path):
         (["evaluate.py", "--compare", tmp_path / "bare", place], "bare is no report of evaluate.py"),
         (["predict.py", "--ckpt", tmp_path / "nowhere", "mug"], "nowhere is no checkpoint of train.py"),
         (["predict.py", "--ckpt", tmp_path / "damaged", "mug"], "run.json is damaged or of another version"),
+        (["predict.py", "--ckpt", tmp_path / "five", "mug"], "five/run.json is damaged or of another version"),
+        (["train.py", "--resume", "--out", tmp_path / "word"], "batch_tokens is '4oo'"),
+        (["predict.py", "--ckpt", tmp_path / "blind", "mug"], "the prompt is 'What?'"),
+        (["predict.py", "--ckpt", place / "out", "--file", tmp_path / "latin.txt"], "latin.txt is not in UTF-8"),
+        (["train.py", *model, *data, "--memory-budget", "6"], "'6' is 6 bytes; write 6GiB"),
+        (["train.py", *model, *data, "--banana", "6"], "unrecognized arguments: --banana 6 (--help says what"),
+        ([*merge, "--base", other, "--out", tmp_path / "m"], "another base model?"),
         (["predict.py", "--ckpt", place / "out", " "], "the text to price is empty"),
         (["-m", "llama.gguf", tmp_path / "no.gguf", tmp_path / "x"], "no.gguf does not exist"),
     ]

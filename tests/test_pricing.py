@@ -96,6 +96,37 @@ def test_what_no_file_can_hold_spoils_no_other_row(tmp_path):
     assert len(sample(items, 2)) == 2
 
 
+def test_what_is_not_in_utf8_is_counted_and_named(tmp_path):
+    line = '{"title": "caf\xe9 mug", "price": 12}\n'
+    for name, head, line in (("a.jsonl", "", line), ("a.csv", "title,price\n", "caf\xe9,12\n")):
+        (tmp_path / name).write_bytes((head + line + line.replace("\xe9", "e")).encode("latin-1"))
+        items, skipped = items_from_rows(read_rows(tmp_path / name), name)
+        assert [item.title[:4] for item in items] == ["cafe"]
+        assert str(skipped) == "1 rows that are not in UTF-8 (first: row 1)"
+    (tmp_path / "b.csv").write_text("title;price\nmug;5\n", encoding="utf-16")
+    with pytest.raises(ValueError, match="b.csv is in UTF-16; save it in UTF-8"):
+        list(read_rows(tmp_path / "b.csv"))
+    (tmp_path / "ask.txt").write_bytes("Was f\xfcr {text}\nPreis: $".encode("latin-1"))
+    with pytest.raises(ValueError, match="ask.txt is not in UTF-8 .* at byte 5"):
+        load_prompt(str(tmp_path / "ask.txt"))
+    (tmp_path / "ask.txt").write_text("Was kostet {text}?\nPreis: $", encoding="utf-8-sig")
+    assert load_prompt(str(tmp_path / "ask.txt")).startswith("Was")
+
+
+def test_csv_of_another_kind_swallows_nothing(tmp_path):
+    (tmp_path / "a.csv").write_text('title,price\n"open, 5\nmug,6\n"cup",7\n')
+    with pytest.raises(ValueError, match="a.csv, line 2: .*; is a quotation mark left open"):
+        list(read_rows(tmp_path / "a.csv"))
+    (tmp_path / "a.csv").write_text("title;price\nmug;6\n")
+    with pytest.raises(ValueError, match="with commas between; it names 'title;price'"):
+        list(read_rows(tmp_path / "a.csv"))
+    (tmp_path / "a.csv").write_text("title,price\n" + "mug " * 50_000 + ",6\n")  # more than csv's own limit
+    assert len(list(read_rows(tmp_path / "a.csv"))) == 1
+    (tmp_path / "b.jsonl").write_text('{"Name": "mug", "PRICE": 6}')
+    with pytest.raises(ValueError, match="columns of the first row: Name, PRICE"):
+        items_from_rows(read_rows(tmp_path / "b.jsonl"), "b.jsonl")
+
+
 @pytest.mark.parametrize("content", ["", "\n\n", '{"price": 0}\n'])
 def test_nothing_usable_is_an_error_that_names_the_file(tmp_path, content):
     path = tmp_path / "empty.jsonl"
