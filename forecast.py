@@ -245,7 +245,7 @@ def open_head(ckpt: str | Path) -> Head:
     head = load_head(ckpt)
     if head.settings.get("adapter") != adapter_digest(ckpt):
         raise ValueError(
-            f"the head in {ckpt} was trained on the states of another adapter, or its adapter_model.safetensors is "
-            f"damaged; train the head anew with `python -m pricing.head --ckpt {ckpt}`"
+            f"the head in {ckpt} was trained on the states of another adapter; "
+            f"train it anew with `python -m pricing.head --ckpt {ckpt}`, unless adapter_model.safetensors is damaged"
         )
     return head
