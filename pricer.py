@@ -38,8 +38,7 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        saved = "what --save-every saved, --resume goes on from"
-        print(f"\nstopped; nothing half-written is left behind; {saved}", file=sys.stderr)
+        print("\nstopped; nothing half-written is left behind", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("DEBUG"):
