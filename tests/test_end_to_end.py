@@ -306,7 +306,11 @@ def test_a_resumed_run_equals_an_unbroken_one(place):
     run("train.py", *common, "--max-steps", "6", "--out", place / "whole")
     killed = KILLED + "train.main()"
     run("-c", killed, *common, "--max-steps", "6", "--save-every", "3", "--out", place / "broken", code=9)
+    _, said = run("predict.py", "--ckpt", place / "broken", "gold")
+    assert "saved at step 3 of a run that has not come to its end: train.py --resume" in said
     run("train.py", "--resume", "--out", place / "broken")
+    _, said = run("predict.py", "--ckpt", place / "broken", "gold")
+    assert "has not come to its end" not in said
     whole, broken = (load_file(place / n / "adapter_model.safetensors") for n in ("whole", "broken"))
     assert all((whole[k] == broken[k]).all() for k in whole)
     whole, broken = (load_file(place / n / "head.safetensors") for n in ("whole", "broken"))
@@ -343,9 +347,9 @@ def test_epochs_end_with_their_short_batch_and_minutes_end_with_a_validation(pla
     rows = [json.dumps({"title": f"t {n}", "price": 5, "split": "val" if n < 3 else "train"}) for n in range(20)]
     (tmp_path / "few.jsonl").write_text("\n".join(rows))
     common = ["train.py", "--model", place / "model", "--data", tmp_path / "few.jsonl", "--out", tmp_path / "o"]
-    run(*common, "--batch-tokens", "1000", "--epochs", "3")  # 17 items: two batches an epoch
+    said, _ = run(*common, "--batch-tokens", "1000", "--epochs", "3")  # 17 items: two batches an epoch
     record = json.loads((tmp_path / "o" / "run.json").read_text())
-    assert record["steps"] == 6
+    assert record["steps"] == 6 and "no item is in the test split; evaluate.py will have nothing to price" in said
     run(*common, "--epochs", "1000", "--max-minutes", "0.03", "--log-every", "7")
     lines = [json.loads(x) for x in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()]
     assert 0 < lines[-1]["step"] < 2000 and lines[-1]["val_mae_dollars"] is not None
@@ -362,6 +366,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(place, tmp_path):
     (tmp_path / "full" / "thesis.txt").write_text("do not lose me")
     row = {"title": "tin 1", "price": 8, "description": "tin", "split": "train"}
     (tmp_path / "no_val.jsonl").write_text(json.dumps(row))
+    no_val = ["--data", tmp_path / "no_val.jsonl"]
     (tmp_path / "rows.json").write_text('{"a": []}')
     for name, key, value in (("five", "bits", 5), ("word", "batch_tokens", "4oo"), ("blind", "prompt", "What?")):
         shutil.copytree(place / "out", tmp_path / name)
@@ -375,7 +380,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(place, tmp_path):
     best, long = ["--keep", "best"], ["--max-tokens", "9999", "--batch-tokens", "9999"]
     (tmp_path / "long.jsonl").write_text(json.dumps(row | {"description": "tin " * 300}))
     cases = [
-        (["train.py", *model, "--data", tmp_path / "no_val.jsonl", *best], "no new item is in the val split"),
+        (["train.py", *model, *no_val, *best], "no_val.jsonl: no new item is in the val split"),
         (["train.py", *model, "--data", tmp_path / "long.jsonl", *long], "knows 512 positions, an item has 1,"),
         (["-m", "benchmarks.ablation", "--rows", tmp_path / "no.json"], "no.json"),
         ([*ablation, "--jobs", "0"], "--jobs must be at least 1"),
