@@ -15,22 +15,22 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from forecast import Run, forecast, tree_functions
-from lora.checkpoint import write_directory
-from options import Parser, add_batch_argument, add_model_arguments
-from pricer import pick_device, pick_dtype, run_items, run_main
-from pricing.baselines import run_baselines
-from pricing.batch import by_length
-from pricing.catalogue import least_error
-from pricing.console import show_guess, table
-from pricing.decode import PICKS, PRUNE, greedy_prices, pick
-from pricing.intervals import SHARES, calibrated_range, cross_calibrated_range
-from pricing.items import MIN_PRICE, Item, normalise_title, sample, unseen
-from pricing.leaks import leaks
-from pricing.metrics import colour, paired_difference, score
-from pricing.report import compare_reports, comparison_table, headline, write_report
-from pricing.sources import load_items
-from states import forward_tokens, without_adapter
+from pipeline.checkpoint import write_directory
+from pipeline.models import pick_device, pick_dtype, run_items, run_main
+from pipeline.options import Parser, add_batch_argument, add_model_arguments
+from pipeline.predictor import Run, forecast, tree_functions
+from pipeline.states import forward_tokens, without_adapter
+from pricing.curation.leaks import leaks
+from pricing.data.batch import by_length
+from pricing.data.catalogue import least_error
+from pricing.data.items import MIN_PRICE, Item, normalise_title, sample, unseen
+from pricing.data.sources import load_items
+from pricing.distribution.decode import PICKS, PRUNE, greedy_prices, pick
+from pricing.distribution.intervals import SHARES, calibrated_range, cross_calibrated_range
+from pricing.evaluation.baselines import run_baselines
+from pricing.evaluation.console import show_guess, table
+from pricing.evaluation.metrics import colour, paired_difference, score
+from pricing.evaluation.report import compare_reports, comparison_table, headline, write_report
 
 BLEND = "fine-tuned, blended with forest and network"
 BLENDED = ("random forest", "residual network")

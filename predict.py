@@ -13,11 +13,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from forecast import Run
-from options import Parser, add_batch_argument, add_model_arguments
-from pricer import pick_device, pick_dtype, run_main
-from pricing.intervals import SHARES, calibrated_range
-from pricing.items import Item, read_rows, read_text, text_of
+from pipeline.models import pick_device, pick_dtype, run_main
+from pipeline.options import Parser, add_batch_argument, add_model_arguments
+from pipeline.predictor import Run
+from pricing.data.items import Item, read_rows, read_text, text_of
+from pricing.distribution.intervals import SHARES, calibrated_range
 
 CHUNK = 5000  # texts whose distributions over 1,000 prices are held at a time: 40 MB for each member
 

@@ -22,16 +22,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine import Step
-from forecast import COMPLETE, MOST_HELD, Forecast, encode_run, forecast, write_held
+from fast.graph import Step
+from fast.plan import Plan, plan_for
 from llama.model import Llama
 from lora.adapter import load_adapter, save_adapter
-from lora.checkpoint import check_writable, load_state, save_state, write_directory
 from lora.inject import inject, lora_layers
 from lora.optim import FlatFactors, make_optimiser
-from memory import Plan, plan_for
-from options import training_options
-from pricer import (
+from pipeline.checkpoint import check_writable, load_state, save_state, write_directory
+from pipeline.models import (
     check_same_data,
     load_base,
     memory_report,
@@ -44,16 +42,18 @@ from pricer import (
     run_main,
     speed_up,
 )
-from pricing.batch import batches, count_batches, pack, shape_of
-from pricing.console import show_example
-from pricing.decode import PriceTree
-from pricing.head import Head, JointLoss, joint_head, joint_numbers, load_head, save_head
-from pricing.items import Item, sample, unseen
-from pricing.loss import AnswerLoss
-from pricing.neighbours import INDEX, build, with_neighbours
-from pricing.prompt import Example, encode_items, load_prompt
-from pricing.sources import load_items
-from states import adapter_digest, last_states
+from pipeline.options import training_options
+from pipeline.predictor import COMPLETE, MOST_HELD, Forecast, encode_run, forecast, write_held
+from pipeline.states import adapter_digest, last_states
+from pricing.data.batch import batches, count_batches, pack, shape_of
+from pricing.data.items import Item, sample, unseen
+from pricing.data.neighbours import INDEX, build, with_neighbours
+from pricing.data.prompt import Example, encode_items, load_prompt
+from pricing.data.sources import load_items
+from pricing.distribution.decode import PriceTree
+from pricing.distribution.loss import AnswerLoss
+from pricing.distribution.quantile_head import Head, JointLoss, joint_head, joint_numbers, load_head, save_head
+from pricing.evaluation.console import show_example
 
 SIZED = 64  # prompts at most whose states say how large what the head reads is
 

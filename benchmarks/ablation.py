@@ -26,10 +26,10 @@ from pathlib import Path
 
 import torch
 
-from pricer import run_main
-from pricing.console import table
-from pricing.metrics import paired_difference
-from pricing.report import paired_errors
+from pipeline.models import run_main
+from pricing.evaluation.console import table
+from pricing.evaluation.metrics import paired_difference
+from pricing.evaluation.report import paired_errors
 
 
 def options_of(row: list[str]) -> tuple[list[str], list[str] | None, list[str]]:

@@ -1,4 +1,4 @@
-"""Records a second and peak memory of `python -m pricing.curate` on generated listings.
+"""Records a second and peak memory of `python -m pricing.curation` on generated listings.
 
     python -m benchmarks.curate_speed --records 1000000        about 3 GB under the temporary directory, removed after
 
@@ -109,7 +109,7 @@ def run(command: list[str]) -> tuple[float, float, int, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=int, default=200_000, help="listings to generate (default: 200000)")
-    parser.add_argument("--workers", type=int, default=2, help="of pricing.curate (default: 2)")
+    parser.add_argument("--workers", type=int, default=2, help="of pricing.curation (default: 2)")
     parser.add_argument("--preset", nargs="+", default=["first", "second"], help="(default: first second)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -125,7 +125,7 @@ def main() -> None:
         for preset in args.preset:
             for near in ("0.8", "0"):
                 out = Path(folder) / f"{preset}-{near}.parquet"
-                command = [sys.executable, "-m", "pricing.curate", *files, "--out", str(out), "--preset", preset]
+                command = [sys.executable, "-m", "pricing.curation", *files, "--out", str(out), "--preset", preset]
                 seconds, cpu, peak, said = run([*command, "--near", near, "--workers", str(args.workers)])
                 print(f"--preset {preset} --near {near}: {args.records / seconds:,.0f} records/s from start to end, "
                       f"{seconds:.1f} s, {cpu:.1f} s of CPU, {peak / 2**20:,.0f} MiB\n{said}")  # fmt: skip

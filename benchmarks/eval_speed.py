@@ -18,10 +18,10 @@ import torch
 from benchmarks.random_model import directory_of
 from benchmarks.shapes import SHAPES
 from benchmarks.workload import W8B, random_sequences
-from forecast import Run, forecast, test_prompts
-from memory import Plan, free_memory
-from pricer import load_base, open_base, pick_device, pick_dtype, speed_up
-from pricing.decode import PRUNE, PriceTree
+from fast.plan import Plan, free_memory
+from pipeline.models import load_base, open_base, pick_device, pick_dtype, speed_up
+from pipeline.predictor import Run, forecast, test_prompts
+from pricing.distribution.decode import PRUNE, PriceTree
 
 QUESTION = 12  # tokens that all texts begin with, as real prompts do
 

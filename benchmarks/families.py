@@ -35,9 +35,9 @@ from benchmarks.random_model import tensors_of, write_apart
 from benchmarks.shapes import FAMILIES, PUBLISHED, SHAPES
 from benchmarks.train_speed import measure_alone, new_report, one_line, settings_of
 from benchmarks.workload import GIB, packing
+from fast.plan import Estimate, Plan
 from llama.config import LlamaConfig
-from memory import Estimate, Plan
-from pricer import pick_device, pick_dtype
+from pipeline.models import pick_device, pick_dtype
 
 
 def computed(settings: dict, dtype: torch.dtype) -> dict:

@@ -14,9 +14,9 @@ from statistics import median
 
 import torch
 
-from pricing.console import table
-from quant.fast import Packed
-from quant.fast_int8 import JoinedInt8
+from fast.int8 import JoinedInt8
+from fast.linears import Packed
+from pricing.evaluation.console import table
 from quant.linear import LinearNF4, integer_product, quantise_linear
 
 SHAPES = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)}  # of an 8B

@@ -14,7 +14,7 @@ from statistics import mean, median
 from benchmarks.random_model import directory_of
 from benchmarks.shapes import SHAPES
 from benchmarks.train_speed import measure_alone, settings_of
-from pricing.console import table
+from pricing.evaluation.console import table
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from benchmarks.shapes import SHAPES
-from llama.bpe import LLAMA3
 from llama.config import LlamaConfig
 from llama.model import Llama
+from llama.tokenizer.bpe import LLAMA3
 from llama.weights import FUSED
 
 SPECIAL = {"eos_token": "<|end_of_text|>", "pad_token": "<|pad|>"}  # named, or Unsloth adds a token and grows the head

@@ -31,7 +31,7 @@ from benchmarks.peers import PEERS
 from benchmarks.random_model import directory_of
 from benchmarks.shapes import SHAPES
 from benchmarks.workload import W8B, WORKLOADS, measure, packing, random_sequences
-from pricing.console import table
+from pricing.evaluation.console import table
 
 PACKAGES = ("torch", "triton", "bitsandbytes", "transformers", "peft", "unsloth", "unsloth_zoo")
 
@@ -44,14 +44,14 @@ def ours(args: argparse.Namespace, sequences: list[list[list[int]]], readable: b
     loaded_bytes: what loading the quantised model left allocated on the GPU (None on a CPU).
     """
     # Here: a peer's process shall not load our kernels.
-    from engine import Step
+    from fast.graph import Step
+    from fast.plan import Plan, plan_for
     from lora.inject import inject, lora_layers
     from lora.optim import FlatFactors, make_optimiser
-    from memory import Plan, plan_for
-    from pricer import load_base, open_base, peak_memory, pick_device, pick_dtype, speed_up
-    from pricing.batch import batches, pack
-    from pricing.decode import PriceTree
-    from pricing.loss import AnswerLoss
+    from pipeline.models import load_base, open_base, peak_memory, pick_device, pick_dtype, speed_up
+    from pricing.data.batch import batches, pack
+    from pricing.distribution.decode import PriceTree
+    from pricing.distribution.loss import AnswerLoss
 
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)

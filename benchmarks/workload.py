@@ -41,8 +41,8 @@ def random_sequences(work: Workload, vocabulary: int, steps: int, batch: int) ->
 def packing(args: Namespace, vocabulary: int) -> tuple:
     """(list of pricing.prompt.Example, pricing.batch.Shape) of `ours`. As in train.py, whole sequences are packed into
     a fixed number of tokens: as many as `args.batch` sequences have on average, rounded up to 64."""
-    from pricing.batch import shape_of  # here, and not in a peer's process
-    from pricing.prompt import Example
+    from pricing.data.batch import shape_of  # here, and not in a peer's process
+    from pricing.data.prompt import Example
 
     steps = 4 * (args.warmup + args.steps)
     pool = random_sequences(WORKLOADS.get(args.shape, W8B), vocabulary, steps, args.batch)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fast.linears import Group
 from llama.attention import Layout
 from lora.optim import FlatFactors, capturable, initialise
-from pricing.batch import Batch, Shape, pack
-from quant.fast import Group
+from pricing.data.batch import Batch, Shape, pack
 
 
 class Feed:

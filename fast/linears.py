@@ -26,7 +26,7 @@ import shutil
 import torch
 from torch import Tensor, nn
 
-from quant.fast_int8 import JoinedInt8
+from fast.int8 import JoinedInt8
 from quant.linear import FrozenLinear, Linear16, LinearInt8, LinearNF4
 
 try:

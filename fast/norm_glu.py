@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fast.attention import PackedAttention, shared_memory, tile_of
 from llama import model
 from llama.attention import KVCache, Layout, Scores
-from llama.fused_attention import PackedAttention, shared_memory, tile_of
 
 
 @triton.jit

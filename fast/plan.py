@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fast.int8 import ROWS
 from llama.config import LlamaConfig
 from lora.inject import ATTENTION, target_names
 from lora.optim import OPTIMISERS
-from pricing.batch import Shape
-from quant.fast_int8 import ROWS
+from pricing.data.batch import Shape
 
 GIB = 1 << 30
 WORKSPACE = 0.2 * GIB  # cuBLAS on two streams, rotary tables, rounding up

@@ -237,7 +237,7 @@ class Llama(nn.Module):
 
     def fuse_pieces(self) -> None:
         """Each of PIECES as one kernel, from llama/fused.py (CUDA and Triton)"""
-        from llama.fused import FUSED
+        from fast.norm_glu import FUSED
 
         for module in self.modules():
             if hasattr(module, "pieces"):

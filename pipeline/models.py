@@ -13,17 +13,17 @@ from typing import Callable
 import torch
 from tqdm import tqdm
 
+from fast.linears import Group, HostEmbedding, group_linears, kernels_missing
+from fast.plan import Plan, Recompute, free_memory
 from llama.config import LlamaConfig
-from llama.hub import PACKAGED, resolve_model
 from llama.model import Llama
 from llama.tokenizer import Tokenizer
 from llama.weights import load_weights
 from lora.adapter import load_adapter
-from memory import Plan, Recompute, free_memory
-from pricing.batch import Shape
-from pricing.items import Item
-from pricing.sources import load_items
-from quant.fast import Group, HostEmbedding, group_linears, kernels_missing
+from pipeline.hub import PACKAGED, resolve_model
+from pricing.data.batch import Shape
+from pricing.data.items import Item
+from pricing.data.sources import load_items
 from quant.int8 import quantise_weight
 from quant.linear import BITS, FrozenLinear, quantise_linear
 

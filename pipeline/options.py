@@ -7,11 +7,11 @@ import argparse
 import math
 import sys
 
-from llama.hub import NAMES
 from lora.optim import OPTIMISERS
-from pricer import DTYPES
-from pricing.crps import CRPS_SCALES
-from pricing.loss import LOSSES
+from pipeline.hub import NAMES
+from pipeline.models import DTYPES
+from pricing.distribution.crps import CRPS_SCALES
+from pricing.distribution.loss import LOSSES
 from quant.linear import BITS
 
 

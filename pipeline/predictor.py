@@ -18,18 +18,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from common.files import whole_file
 from llama.model import Llama
 from lora.adapter import load_adapter
-from pricer import load_run, read_run, run_items
-from pricing.batch import by_length
-from pricing.decode import PRUNE, PriceTree, price_distribution
-from pricing.files import whole_file
-from pricing.head import FILE, Head, load_head
-from pricing.intervals import LEVELS, MIDDLE, in_dollars, log_quantiles
-from pricing.items import Item, sample
-from pricing.neighbours import INDEX, Index, with_neighbours
-from pricing.prompt import Example, encode_items
-from states import READ, adapter_digest, forward_tokens, head_states
+from pipeline.models import load_run, read_run, run_items
+from pipeline.states import READ, adapter_digest, forward_tokens, head_states
+from pricing.data.batch import by_length
+from pricing.data.items import Item, sample
+from pricing.data.neighbours import INDEX, Index, with_neighbours
+from pricing.data.prompt import Example, encode_items
+from pricing.distribution.decode import PRUNE, PriceTree, price_distribution
+from pricing.distribution.intervals import LEVELS, MIDDLE, in_dollars, log_quantiles
+from pricing.distribution.quantile_head import FILE, Head, load_head
 
 COMPLETE = "state/complete"  # a file in a checkpoint whose run has come to its end: nothing is left to resume
 HELD = "validation.safetensors"  # a run's own forecasts of its validation items

@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
+from common.files import whole_file
 from llama.attention import Layout
 from llama.model import Llama
 from lora.inject import lora_layers
-from pricing.batch import by_length
-from pricing.files import whole_file
+from pricing.data.batch import by_length
 
 READ = ("states", "blocks", "mean")  # the settings of a head that say what it reads
 

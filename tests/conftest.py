@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from llama.config import LlamaConfig
-from llama.hub import resolve_model
 from llama.model import Llama
 from llama.weights import load_weights
+from pipeline.hub import resolve_model
 from quant.linear import quantise_linear
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

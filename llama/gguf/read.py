@@ -12,11 +12,9 @@ Face's depends on the architecture (gguf_config.py):
     rope      Llama 3.1's scaling is a tensor of divisors, rope_freqs.weight, Phi-3's two of factors, rope_factors_*
 """
 
-import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -25,8 +23,8 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from llama.gguf_config import Architecture, architecture_of, config_from_gguf
-from llama.gguf_tokenizer import write_tokenizer
+from llama.gguf.config import Architecture, architecture_of, config_from_gguf
+from llama.gguf.tokenizer import write_tokenizer
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BLOCK = {
@@ -134,15 +132,3 @@ def convert(path: str | Path, out: str | Path) -> None:
         os.rename(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="GGUF to a Hugging Face style directory")
-    parser.add_argument("gguf", help="the .gguf file")
-    parser.add_argument("out", help="the directory to write; must not exist")
-    arguments = parser.parse_args()
-    try:
-        convert(arguments.gguf, arguments.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

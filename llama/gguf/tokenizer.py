@@ -9,8 +9,8 @@ and tokenizer_config.json for BOS and EOS. llama/gguf.py calls `write_tokenizer`
 import json
 from pathlib import Path
 
-from llama import spm
-from llama.bpe import BYTE_LEVEL, PRE_TOKENIZERS
+from llama.tokenizer import spm
+from llama.tokenizer.bpe import BYTE_LEVEL, PRE_TOKENIZERS
 
 
 def write_tokenizer(fields: dict, directory: Path) -> None:

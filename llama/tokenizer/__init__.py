@@ -12,7 +12,7 @@ import re
 from base64 import b64decode
 from pathlib import Path
 
-from llama import bpe, spm
+from llama.tokenizer import bpe, spm
 
 
 class Tokenizer:

@@ -1,4 +1,4 @@
-"""Candidates: what passed the rules, on disk between the stages of `pricing.curate`, so that memory stays small.
+"""Candidates: what passed the rules, on disk between the stages of `pricing.curation`, so that memory stays small.
 
 Each input has a directory of its own, written under another name and renamed when whole, so that a run that was stopped
 goes on behind the last finished input:
@@ -29,9 +29,9 @@ import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
-from pricing.duplicates import bands_for
-from pricing.raw import Block, Options, category_of, sifted, start_worker
-from pricing.rules import BAD
+from pricing.curation.duplicates import bands_for
+from pricing.curation.raw import Block, Options, category_of, sifted, start_worker
+from pricing.curation.rules import BAD
 
 SCHEMA = pyarrow.schema(
     [(name, pyarrow.string()) for name in ("id", "title", "text", "category")] + [("price", pyarrow.float64())]

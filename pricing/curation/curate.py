@@ -1,6 +1,6 @@
 """Curate raw product listings into items to train on: one Parquet file that `train.py --data` takes.
 
-    python -m pricing.curate meta_Appliances.jsonl.gz meta_Electronics.jsonl.gz --out items.parquet --preset second
+    python -m pricing.curation meta_Appliances.jsonl.gz meta_Electronics.jsonl.gz --out items.parquet --preset second
 
 RAW are Amazon-Reviews-2023's `raw_meta_*` files (https://amazon-reviews-2023.github.io) as JSONL, JSONL.gz or Parquet;
 `meta_Appliances` in the name of the file or of its folder gives the category. Step by step:
@@ -34,11 +34,11 @@ import pyarrow
 import pyarrow.parquet
 from filelock import FileLock, Timeout
 
-from pricing.candidates import SCHEMA, Candidates, read_inputs
-from pricing.duplicates import bands_for, check_threshold, drop_exact, drop_near
-from pricing.raw import Options, check_input
-from pricing.rules import BAD, PRESETS, RULES, Preset
-from pricing.selection import EXACT, LEFT_OUT, NEAR, SPLITS, TRAIN, draw, find_leaks, split
+from pricing.curation.candidates import SCHEMA, Candidates, read_inputs
+from pricing.curation.duplicates import bands_for, check_threshold, drop_exact, drop_near
+from pricing.curation.raw import Options, check_input
+from pricing.curation.rules import BAD, PRESETS, RULES, Preset
+from pricing.curation.selection import EXACT, LEFT_OUT, NEAR, SPLITS, TRAIN, draw, find_leaks, split
 
 
 def write_items(candidates: Candidates, fate: np.ndarray, path: Path) -> None:
@@ -186,7 +186,7 @@ def show(report: dict, near: float, remove: bool) -> None:
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m pricing.curate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m pricing.curation", description=__doc__.splitlines()[0])
     parser.add_argument("raw", type=Path, nargs="+", help="raw_meta_* files: .jsonl, .jsonl.gz or .parquet")
     parser.add_argument("--out", type=Path, required=True, help="the .parquet file to write; must not exist")
     parser.add_argument(
@@ -239,7 +239,3 @@ def main(argv=None) -> None:
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in took.items())
     print(f"{report['records'] / sum(took.values()):,.0f} records/s: {stages}")
     print(f"wrote {args.out} and {args.out.with_suffix('.json').name}; now run    python train.py --data {args.out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,7 @@ from itertools import islice
 
 import numpy as np
 
-from pricing.duplicates import check_threshold, shingles_of, words_in
+from pricing.curation.duplicates import check_threshold, shingles_of, words_in
 
 
 class HeldOut:

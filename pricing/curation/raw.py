@@ -1,4 +1,4 @@
-"""Raw files in, sifted blocks out: the first stage of `pricing.curate`, worked on by several processes.
+"""Raw files in, sifted blocks out: the first stage of `pricing.curation`, worked on by several processes.
 
 A file is read in blocks of a few megabytes, never whole. `sift`, in a worker, turns a block into a `Block`: its records
 counted by what became of them, and of those that pass the rules the columns of an item, the shingles and the keys.
@@ -23,9 +23,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from pricing.duplicates import band_keys, parts, shingles_of, words_in
-from pricing.items import clean
-from pricing.rules import NO_JSON, WRONG_KIND, Preset, Rejected, category_name, item_of
+from pricing.curation.duplicates import band_keys, parts, shingles_of, words_in
+from pricing.curation.rules import NO_JSON, WRONG_KIND, Preset, Rejected, category_name, item_of
+from pricing.data.items import clean
 
 BLOCK_BYTES, LONGEST_LINE = 1 << 21, 1 << 26
 BLOCK_RECORDS = 1024  # of a Parquet file

@@ -28,7 +28,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from pricing.items import clean, parse_price
+from pricing.data.items import clean, parse_price
 
 # Records that are broken, and records that are sound but break a rule. The first reason that fits is the one counted.
 NO_JSON, NO_OBJECT = "records that are no JSON", "records that are no object"

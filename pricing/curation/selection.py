@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pricing.candidates import Candidates
-from pricing.duplicates import mix, shingles_of, words_in
-from pricing.items import TEST_SHARE, VAL_SHARE
-from pricing.leaks import HeldOut
-from pricing.rules import Preset
+from pricing.curation.candidates import Candidates
+from pricing.curation.duplicates import mix, shingles_of, words_in
+from pricing.curation.leaks import HeldOut
+from pricing.curation.rules import Preset
+from pricing.data.items import TEST_SHARE, VAL_SHARE
 
 OPEN, EXACT, NEAR, NOT_DRAWN, BEYOND, LEAKED, TRAIN, VAL, TEST = range(9)
 LEFT_OUT = {

@@ -14,7 +14,7 @@ from typing import Iterator
 
 import numpy as np
 
-from pricing.prompt import Example
+from pricing.data.prompt import Example
 
 OPEN = 16  # batches being filled at a time; more fill better, and mix neighbours of the shuffled order a little more
 

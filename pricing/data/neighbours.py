@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pricing.baselines import WORD
-from pricing.files import whole_file
-from pricing.items import Item, normalise_title
+from common.files import whole_file
+from pricing.data.items import Item, normalise_title
+from pricing.evaluation.baselines import WORD
 
 INDEX = "neighbours.npz"  # in a checkpoint
 CELLS = 2**24  # similarities held at a time: 128 MiB

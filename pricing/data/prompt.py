@@ -10,7 +10,7 @@ search.
 from dataclasses import dataclass
 from pathlib import Path
 
-from pricing.items import Item, read_text
+from pricing.data.items import Item, read_text
 
 PROMPTS = {
     "first": "How much does this cost to the nearest dollar?\n\n{text}\n\nPrice is $",

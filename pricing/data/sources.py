@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pricing import catalogue
-from pricing.files import whole_file
-from pricing.items import REPEATED, Item, Skipped, items_from_rows, read_rows
+from common.files import whole_file
+from pricing.data import catalogue
+from pricing.data.items import REPEATED, Item, Skipped, items_from_rows, read_rows
 
 # 66,778 PC parts scraped from PCPartPicker in July 2025 (MIT licence); about a quarter carry a price in range.
 PC_PARTS_URL = (

@@ -35,7 +35,7 @@ Chances are taken given that a price goes on: what is lost to other tokens is th
 import torch
 from torch import Tensor
 
-from pricing.decode import PRICES, PriceTree
+from pricing.distribution.decode import PRICES, PriceTree
 
 CRPS_SCALES = ("log", "dollars")
 

@@ -20,7 +20,7 @@ import math
 
 import numpy as np
 
-from pricing.items import MAX_PRICE, MIN_PRICE
+from pricing.data.items import MAX_PRICE, MIN_PRICE
 
 SHARES = (0.5, 0.8, 0.9, 0.95)  # of the prices that a range is to hold
 SHARE = 0.8

@@ -32,10 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pricing.batch import Batch
-from pricing.crps import PathCRPS
-from pricing.decode import PRICES, PriceTree
-from pricing.prompt import Example
+from pricing.data.batch import Batch
+from pricing.data.prompt import Example
+from pricing.distribution.crps import PathCRPS
+from pricing.distribution.decode import PRICES, PriceTree
 
 LOSSES = ("answer", "price", "crps", "soft")
 

@@ -43,9 +43,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pricing.batch import Batch
-from pricing.files import whole_file
-from pricing.intervals import LEVELS, MIDDLE, in_dollars
+from common.files import whole_file
+from pricing.data.batch import Batch
+from pricing.distribution.intervals import LEVELS, MIDDLE, in_dollars
 
 FILE = "head.safetensors"
 JOINT_WIDTH = 256  # of both hidden layers of the head that is trained with the adapter
@@ -301,7 +301,7 @@ def load_head(directory: str | Path) -> Head:
 
 
 def parse_arguments() -> argparse.Namespace:
-    from options import add_batch_argument, add_model_arguments
+    from pipeline.options import add_batch_argument, add_model_arguments
 
     parser = argparse.ArgumentParser(
         prog="python -m pricing.head",
@@ -340,7 +340,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     # The one place in pricing/ that meets the network, and only when run as a command: head_after, where rooms join,
     # turns prompts into states. What is imported from here (fit_head, load_head) knows arrays only.
-    from head_after import train_head
+    from pipeline.head_after import train_head
 
     args = parse_arguments()
     recipe = Recipe(**{name: getattr(args, name) for name in Recipe.__dataclass_fields__ if hasattr(args, name)})
@@ -348,6 +348,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from pricer import run_main
+    from pipeline.models import run_main
 
     run_main(main)

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pricing.files import whole_file
-from pricing.intervals import in_dollars
-from pricing.items import Item, sample
-from pricing.sources import cache_directory
+from common.files import whole_file
+from pricing.data.items import Item, sample
+from pricing.data.sources import cache_directory
+from pricing.distribution.intervals import in_dollars
 
 WORD = r"(?u)\b\w[\w.]*\b"  # numbers stay whole: "2.4", not "2" and "4"
 LIMIT = 50_000  # training items of the forest, the boosting and the network, which take a fixed sample of more

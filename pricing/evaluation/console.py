@@ -3,7 +3,7 @@
 import os
 import sys
 
-from pricing.prompt import Example
+from pricing.data.prompt import Example
 
 CODES = {"green": "32", "yellow": "33", "red": "31", "learnt": "1;35", "dim": "2"}
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pricing.items import Item, normalise_title
-from pricing.metrics import colour, paired_difference
+from pricing.data.items import Item, normalise_title
+from pricing.evaluation.metrics import colour, paired_difference
 
 COLUMNS = ["id", "title", "truth", "guess", "low", "high", "error", "colour"]
 PAINT = {"green": "#2a9d4a", "yellow": "#d9a400", "red": "#c8332b"}

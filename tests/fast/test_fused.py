@@ -13,13 +13,13 @@ import pytest
 import torch
 from conftest import hugging_face_model, our_model, tiny_config
 
+from fast import linears as fast
+from fast.linears import HostEmbedding, Packed, group_linears
 from llama.attention import Layout, Scores
 from llama.model import PIECES
 from llama.rope import rotary_table
 from lora.inject import inject, lora_layers
 from lora.optim import FlatFactors
-from quant import fast
-from quant.fast import HostEmbedding, Packed, group_linears
 from quant.linear import LinearNF4
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,7 +39,7 @@ def close(a, b, dtype=torch.float32):
 
 def both(name, inputs, extra):
     """Outputs and input gradients of a piece, plain and fused"""
-    from llama.fused import FUSED
+    from fast.norm_glu import FUSED
 
     results = []
     for pieces in (PIECES, FUSED):
@@ -93,7 +93,7 @@ def test_attention(dtype, lengths, heads, kv_heads, size):
 @kernels
 def test_tiles_fit_the_gpu():
     """As compiled (Triton 3.6): float32, rows of 32, need 36, 68 and 132 KiB at 64, 128 and 256 numbers a head."""
-    from llama.fused_attention import tile_of
+    from fast.attention import tile_of
 
     kib, exact, half = 1024, torch.float32, torch.bfloat16
     hopper, ada, turing = 227 * kib, 99 * kib, 64 * kib
@@ -106,7 +106,7 @@ def test_tiles_fit_the_gpu():
 
 @kernels
 def test_a_gpu_too_small_for_the_kernel_runs_the_plain_piece(monkeypatch):
-    from llama import fused
+    from fast import norm_glu as fused
 
     layout, qkv = Layout.packed([5, 9], DEVICE), torch.randn(14, 8 * 16, device=DEVICE)
     rotary = rotary_table(torch.rand(8, device=DEVICE), layout.positions)
@@ -117,7 +117,7 @@ def test_a_gpu_too_small_for_the_kernel_runs_the_plain_piece(monkeypatch):
 
 
 def test_without_triton_or_a_compiler_the_readable_path_runs(monkeypatch, capsys):
-    from pricer import speed_up
+    from pipeline.models import speed_up
 
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(fast.shutil, "which", lambda name: None)
@@ -180,7 +180,7 @@ def test_norm_of_heads_that_are_no_residual(dtype):
 @pytest.mark.parametrize("name, inputs", [("add_norm", 1), ("add_norm", 2), ("swiglu", 1), ("geglu", 1)])
 def test_rows_with_gaps_between_them(name, inputs):
     """What the pieces read may be a slice, as a lone kv head's keys are one of q, k, v."""
-    from llama.fused import FUSED
+    from fast.norm_glu import FUSED
 
     results = []
     for pieces in (PIECES, FUSED):
@@ -202,7 +202,7 @@ def test_rows_with_gaps_between_them(name, inputs):
 @pytest.mark.parametrize("name", ["plain", "fused"])
 def test_a_poisoned_neighbour_moves_nothing(name):
     """Items lie side by side in memory: NaN in one must reach no other, forward or backward."""
-    from llama.fused import FUSED
+    from fast.norm_glu import FUSED
 
     piece = (FUSED if name == "fused" else PIECES)["attention"]
     layout = Layout.packed([7, 66, 5], DEVICE)

@@ -8,14 +8,14 @@ import torch
 from conftest import our_model
 from test_families import FAMILIES, write_family
 
-from engine import Step
-from forecast import tree_functions
+from fast.graph import Step
+from fast.plan import Plan, Recompute
 from lora.inject import inject, lora_layers
 from lora.optim import FlatFactors, make_optimiser
-from memory import Plan, Recompute
-from pricer import speed_up
-from pricing.batch import Shape, pack
-from pricing.prompt import Example
+from pipeline.models import speed_up
+from pipeline.predictor import tree_functions
+from pricing.data.batch import Shape, pack
+from pricing.data.prompt import Example
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -159,7 +159,7 @@ def test_recompute_passes_blocks_it_does_not_know(tiny):
 
 
 def test_out_of_memory_names_the_flags_that_avoid_it(capsys, monkeypatch):
-    from pricer import run_main
+    from pipeline.models import run_main
 
     monkeypatch.delenv("DEBUG", raising=False)
 

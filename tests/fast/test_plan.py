@@ -5,9 +5,9 @@ import torch
 from conftest import hugging_face_model, our_model, tiny_config
 
 from benchmarks.shapes import SHAPES
+from fast.plan import GIB, Estimate, Plan, choose, free_memory, parse_bytes
 from llama.config import LlamaConfig
-from memory import GIB, Estimate, Plan, choose, free_memory, parse_bytes
-from pricing.batch import Shape
+from pricing.data.batch import Shape
 from quant.linear import LinearInt8
 
 SHAPE = Shape(2304, 21, 182, 84)
@@ -100,7 +100,7 @@ def test_free_memory_is_part_of_the_machine():
 
 @pytest.mark.parametrize("other", [["--readable"], ["--dropout", "0.1"]])
 def test_a_budget_that_nothing_would_keep_is_refused(other, capsys):
-    from options import training_options
+    from pipeline.options import training_options
 
     with pytest.raises(SystemExit) as stopped:
         training_options(["--memory-budget", "6GiB", *other])

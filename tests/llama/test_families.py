@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from test_fused import DEVICE, kernels
 from torch.nn.functional import cross_entropy
 
+from fast.linears import group_linears
 from llama.attention import Layout
 from llama.config import LinearRope, LlamaConfig
 from llama.model import Llama
 from llama.weights import Checkpoint, load_weights
 from lora.adapter import load_adapter, save_adapter
 from lora.inject import inject, lora_layers
-from quant.fast import group_linears
 from quant.linear import quantise_linear
 
 SHARED = {k: v for k, v in tiny_config().items() if k not in ("model_type", "architectures", "hidden_act", "mlp_bias")}

@@ -17,11 +17,12 @@ from test_families import FAMILIES, LENGTHS, SHARED, logits_of, sequences, write
 from test_spm import RUNS, STEERING, TEXTS, oracle_of, without_bos
 from test_spm import gemma as toy_gemma
 
-from llama import gguf, gguf_tokenizer, spm
 from llama.attention import Layout
 from llama.config import LlamaConfig
+from llama.gguf import read as gguf
+from llama.gguf import tokenizer as gguf_tokenizer
 from llama.rope import inverse_frequencies
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import Tokenizer, spm
 
 TOKENS, LAYOUT = torch.arange(20), Layout.packed([20])
 NAMED = b"general.architecture" + b"\x08\0\0\0" + b"\x05\0\0\0\0\0\0\0"  # a string of five letters
@@ -383,7 +384,7 @@ def test_gguf_refusals_of_the_llama_kind():
 
 def cached(name):
     """Skips unless the model lies in the cache already: up to a gigabyte to fetch, and several in float32"""
-    from llama.hub import CONVERSION, PACKAGED, cache_directory
+    from pipeline.hub import CONVERSION, PACKAGED, cache_directory
 
     directory = cache_directory() / f"{name}-{PACKAGED[name].sha256[:16]}-{CONVERSION}"
     if not directory.is_dir():
@@ -415,7 +416,7 @@ def test_packaged_models_are_transformers(name, said):
 def test_gemma3_270ms_tokenizer_is_the_librarys():
     import tokenizers as hf
 
-    from llama.hub import cache_directory
+    from pipeline.hub import cache_directory
 
     directory = cached("gemma3-270m")
     file = cache_directory() / "tokenizers" / "gemma3" / "tokenizer.json"

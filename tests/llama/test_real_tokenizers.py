@@ -16,10 +16,9 @@ from conftest import shared
 from test_spm import SPACES
 from test_tokenizer import CORPUS, NASTY, NEW_DIGITS, PROMPT, fuzz
 
-from llama import bpe, spm
-from llama.hub import cache_directory
-from llama.tokenizer import Tokenizer
-from pricing.decode import PriceTree
+from llama.tokenizer import Tokenizer, bpe, spm
+from pipeline.hub import cache_directory
+from pricing.distribution.decode import PriceTree
 
 hf = pytest.importorskip("tokenizers", reason="the oracle, see requirements-dev.txt")
 # name: BOS, EOS, whether BOS is added, ids, inner nodes of the price tree by depth

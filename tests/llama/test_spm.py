@@ -11,9 +11,8 @@ import json
 import pytest
 from test_tokenizer import CORPUS, NASTY, bad_decodes, fuzz, load, mismatches
 
-from llama import spm
-from llama.tokenizer import Tokenizer
-from pricing.decode import PriceTree
+from llama.tokenizer import Tokenizer, spm
+from pricing.distribution.decode import PriceTree
 
 hf = pytest.importorskip("tokenizers", reason="the oracle, see requirements-dev.txt")
 sentencepiece = pytest.importorskip("sentencepiece")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llama import tokenizer as subject
-from llama.gguf_tokenizer import tokenizer_config_from_gguf, tokenizer_json_from_gguf
+from llama.gguf.tokenizer import tokenizer_config_from_gguf, tokenizer_json_from_gguf
 from llama.tokenizer import Tokenizer
 
 hf = pytest.importorskip("tokenizers", reason="the oracle, see requirements-dev.txt")
@@ -400,7 +400,7 @@ def test_smollm2_facts(smollm2):
 
 
 def test_smollm2_on_real_titles(smollm2):
-    path = Path(__file__).resolve().parents[1] / "../shared/data/pc_parts.jsonl"
+    path = Path(__file__).resolve().parents[2] / "../shared/data/pc_parts.jsonl"
     if not path.is_file():
         pytest.skip("../shared/data/pc_parts.jsonl is not there")
     ours, oracle, json_built = smollm2

@@ -12,11 +12,11 @@ import torch
 from conftest import hugging_face_model, our_model, tiny_config
 from safetensors.torch import load_file, save_file
 
-from llama import hub
 from llama.attention import Layout
 from llama.config import LlamaConfig
 from llama.model import Llama
 from llama.weights import load_weights
+from pipeline import hub
 from quant.linear import LinearNF4, quantise_linear
 
 TOKENS, LAYOUT = torch.arange(20), Layout.packed([20])

@@ -8,12 +8,12 @@ from conftest import hugging_face_model, our_model, tiny_config
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
+from fast.linears import group_linears
 from llama.attention import Layout
 from lora.adapter import load_adapter, save_adapter
-from lora.checkpoint import load_state, save_state, write_directory
 from lora.inject import inject, lora_layers
 from lora.optim import FlatFactors, make_optimiser
-from quant.fast import group_linears
+from pipeline.checkpoint import load_state, save_state, write_directory
 
 TOKENS, LAYOUT = torch.arange(5, 35), Layout.packed([30])
 

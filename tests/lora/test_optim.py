@@ -5,10 +5,10 @@ import pytest
 import torch
 from conftest import our_model
 
+from fast.linears import group_linears
 from llama.attention import Layout
 from lora.inject import inject, lora_layers
 from lora.optim import OPTIMISERS, FlatFactors, initialise, make_optimiser
-from quant.fast import group_linears
 
 TOKENS = torch.arange(30) * 7 % 500
 

@@ -17,10 +17,10 @@ from benchmarks.random_model import tensors_of, write
 from benchmarks.shapes import FAMILIES, PUBLISHED, SHAPES
 from benchmarks.train_speed import settings_of, work
 from llama.config import LlamaConfig
-from pricer import load_base, open_base, pick_dtype
+from pipeline.models import load_base, open_base, pick_dtype
 from quant.linear import FrozenLinear
 
-ROOT = Path(__file__).parents[1]  # where `python -m benchmarks...` runs
+ROOT = Path(__file__).parents[2]  # where `python -m benchmarks...` runs
 PARAMETERS = {  # as published; written down from memory, like the shapes
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,

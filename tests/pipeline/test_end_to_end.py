@@ -20,17 +20,17 @@ from conftest import byte_tokenizer_json, hugging_face_model, tiny_config
 from safetensors.torch import load_file, save_file
 
 from evaluate import BLEND
-from forecast import Run, read_held
-from pricer import pick_dtype, run_items
-from pricing.baselines import BASELINES
-from pricing.intervals import cross_calibrated_range
-from pricing.items import items_from_rows, read_rows, sample, split_of
-from pricing.leaks import leaks
-from pricing.metrics import bootstrap_interval
-from pricing.prompt import encode_prompt
-from states import last_states
+from pipeline.models import pick_dtype, run_items
+from pipeline.predictor import Run, read_held
+from pipeline.states import last_states
+from pricing.curation.leaks import leaks
+from pricing.data.items import items_from_rows, read_rows, sample, split_of
+from pricing.data.prompt import encode_prompt
+from pricing.distribution.intervals import cross_calibrated_range
+from pricing.evaluation.baselines import BASELINES
+from pricing.evaluation.metrics import bootstrap_interval
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CACHE = tempfile.TemporaryDirectory()  # not the user's
 WORDS = {"tin": 8, "brass": 45, "silver": 260, "gold": 820}
 

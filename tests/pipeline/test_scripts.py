@@ -11,11 +11,11 @@ import pytest
 
 import train
 from evaluate import blended
-from forecast import Forecast, Run
-from options import training_options
+from pipeline.options import training_options
+from pipeline.predictor import Forecast, Run
 from train import learning_rate, peak_rate
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_blend_is_a_weighted_mean_in_log_price():
@@ -32,8 +32,8 @@ def test_the_rate_of_a_run():
 def test_a_full_disk_leaves_nothing_and_is_named(tmp_path):
     """Files may have 1,000 bytes, as if there were no more room."""
     script = (
-        "import pathlib, resource, sys, torch; from lora.checkpoint import write_directory\n"
-        "from safetensors.torch import save_file; from pricer import run_main\n"
+        "import pathlib, resource, sys, torch; from pipeline.checkpoint import write_directory\n"
+        "from safetensors.torch import save_file; from pipeline.models import run_main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "def main():\n"
         "    with write_directory(pathlib.Path(sys.argv[1])) as part:\n"
@@ -49,7 +49,7 @@ def test_a_full_disk_leaves_nothing_and_is_named(tmp_path):
 def test_three_forecasts_count_alike(monkeypatch):
     three = object.__new__(Run)
     three.paths, three.heads, three.at, three.model, three.tree = list("abc"), [None] * 3, 0, None, None
-    monkeypatch.setattr("forecast.load_adapter", lambda model, path: None)
+    monkeypatch.setattr("pipeline.predictor.load_adapter", lambda model, path: None)
     each = iter([1.0, 2.0, 6.0])
 
     def fake(model, tree, prompts, head, *, batch_tokens, prune, on_batch):
@@ -59,7 +59,7 @@ def test_three_forecasts_count_alike(monkeypatch):
         return found
 
     seen = []
-    monkeypatch.setattr("forecast.forecast", fake)
+    monkeypatch.setattr("pipeline.predictor.forecast", fake)
     found = three.forecast([[1], [2]], on_batch=lambda indices, part: seen.append(part.digits))
     np.testing.assert_allclose(found.digits, 3)
     np.testing.assert_allclose(seen, [[[3, 3]]])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pricing import baselines
-from pricing.baselines import BASELINES, CHEAP, run_baselines, simple_features
-from pricing.items import Item
+from pricing.data.items import Item
+from pricing.evaluation import baselines
+from pricing.evaluation.baselines import BASELINES, CHEAP, run_baselines, simple_features
 
 TEXTS = ("gold ring", "tin ring", "gold box", "tin box")
 

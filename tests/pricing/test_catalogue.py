@@ -12,8 +12,8 @@ from statistics import fmean, pstdev
 
 import pytest
 
-from pricing import catalogue
-from pricing.catalogue import BRANDS, CATEGORIES, COUNTS, SIGMA, Factors, generate, least_error
+from pricing.data import catalogue
+from pricing.data.catalogue import BRANDS, CATEGORIES, COUNTS, SIGMA, Factors, generate, least_error
 
 
 @pytest.fixture(scope="module")

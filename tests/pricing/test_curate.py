@@ -19,16 +19,16 @@ import pytest
 from conftest import shared
 from datasketch import MinHash
 
-from pricing import curate as curate_module
-from pricing import leaks as leaks_module
-from pricing import raw
-from pricing.curate import curate, main
-from pricing.duplicates import band_keys, bands_for, parts, shingles_of, words_in
-from pricing.items import normalise_title
-from pricing.leaks import leaks
-from pricing.rules import FIRST, PRESETS, SECOND, Rejected, item_of, token_rule
-from pricing.selection import BEYOND, NOT_DRAWN, OPEN, TEST, TRAIN, VAL, draw, split
-from pricing.sources import load_items
+from pricing.curation import curate as curate_module
+from pricing.curation import leaks as leaks_module
+from pricing.curation import raw
+from pricing.curation.curate import curate, main
+from pricing.curation.duplicates import band_keys, bands_for, parts, shingles_of, words_in
+from pricing.curation.leaks import leaks
+from pricing.curation.rules import FIRST, PRESETS, SECOND, Rejected, item_of, token_rule
+from pricing.curation.selection import BEYOND, NOT_DRAWN, OPEN, TEST, TRAIN, VAL, draw, split
+from pricing.data.items import normalise_title
+from pricing.data.sources import load_items
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -711,7 +711,7 @@ def test_the_terminal_says_what_the_json_says(tmp_path, capsys):
 
 MEASURE = """
 import re, sys
-from pricing.curate import main
+from pricing.curation.curate import main
 main(sys.argv[1:])
 # Not ru_maxrss, which starts at that of the process that started this one.
 print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])

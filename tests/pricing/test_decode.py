@@ -8,7 +8,7 @@ import torch
 from conftest import our_model
 
 from llama.attention import Layout
-from pricing.decode import PRICES, PriceTree, greedy_prices, pick, price_distribution
+from pricing.distribution.decode import PRICES, PriceTree, greedy_prices, pick, price_distribution
 
 PROMPTS = [[20, 21, 22, 23, 24], [30, 31], list(range(40, 61))]
 

@@ -14,10 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_end_to_end import run
 
-from forecast import forecast, open_head
-from pricing.batch import Shape, pack
-from pricing.decode import PriceTree
-from pricing.head import (
+from pipeline.predictor import forecast, open_head
+from pipeline.states import head_states, kept_states, last_states, without_adapter
+from pricing.data.batch import Shape, pack
+from pricing.data.items import Item
+from pricing.data.prompt import Example
+from pricing.distribution.decode import PriceTree
+from pricing.distribution.intervals import LEVELS, MIDDLE, central_range, in_dollars
+from pricing.distribution.quantile_head import (
     FILE,
     Head,
     JointLoss,
@@ -31,10 +35,6 @@ from pricing.head import (
     pinball,
     save_head,
 )
-from pricing.intervals import LEVELS, MIDDLE, central_range, in_dollars
-from pricing.items import Item
-from pricing.prompt import Example
-from states import head_states, kept_states, last_states, without_adapter
 
 SMALL = Recipe(width=32, members=2, epochs=12, dropout=0.0, lr=3e-3)
 

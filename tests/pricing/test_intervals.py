@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pricing.intervals import (
+from pricing.distribution.intervals import (
     LEVELS,
     MIDDLE,
     calibrated_range,

@@ -7,17 +7,17 @@ from conftest import our_model
 from test_decode import digits, pairs, whole
 from torch.nn.functional import cross_entropy
 
-from engine import Step
+from fast.graph import Step
 from llama.attention import Layout
 from lora.inject import inject, lora_layers
 from lora.optim import FlatFactors, make_optimiser
-from options import training_options
-from pricing.batch import pack, shape_of
-from pricing.console import show_example
-from pricing.crps import CRPS_SCALES, crps_weights
-from pricing.decode import PRICES, PriceTree, price_distribution
-from pricing.loss import LOSSES, AnswerLoss
-from pricing.prompt import Example
+from pipeline.options import training_options
+from pricing.data.batch import pack, shape_of
+from pricing.data.prompt import Example
+from pricing.distribution.crps import CRPS_SCALES, crps_weights
+from pricing.distribution.decode import PRICES, PriceTree, price_distribution
+from pricing.distribution.loss import LOSSES, AnswerLoss
+from pricing.evaluation.console import show_example
 
 
 def example(price, encode=digits, prompt=(5, 6)):

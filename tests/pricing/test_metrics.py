@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pricing.metrics import band_of, bootstrap_interval, colour, paired_difference, score
+from pricing.evaluation.metrics import band_of, bootstrap_interval, colour, paired_difference, score
 
 
 @pytest.mark.parametrize(

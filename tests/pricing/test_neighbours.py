@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from conftest import shared
 
-from pricing.items import Item
-from pricing.neighbours import Index, build, price_line, vectoriser
-from pricing.sources import load_items
+from pricing.data.items import Item
+from pricing.data.neighbours import Index, build, price_line, vectoriser
+from pricing.data.sources import load_items
 
 
 def item(title: str, price: float, text: str = "", split: str = "train") -> Item:
@@ -57,7 +57,7 @@ def test_as_brute_force_has_it_in_any_chunks(monkeypatch):
     rows, similarity = build(train).nearest(asked, 7)
     np.testing.assert_allclose(similarity, expected, atol=1e-6)
     np.testing.assert_allclose(np.take_along_axis(cosine, rows, axis=1), expected, atol=1e-6)
-    monkeypatch.setattr("pricing.neighbours.CELLS", 270)  # three items at a time
+    monkeypatch.setattr("pricing.data.neighbours.CELLS", 270)  # three items at a time
     again = build(train).nearest(asked, 7)
     assert np.array_equal(again[0], rows) and np.array_equal(again[1], similarity)
 

@@ -11,9 +11,9 @@ import pytest
 from conftest import shared
 
 from llama.tokenizer import Tokenizer
-from pricing import sources
-from pricing.batch import batches, by_length, count_batches, pack, plan, shape_of
-from pricing.items import (
+from pricing.data import sources
+from pricing.data.batch import batches, by_length, count_batches, pack, plan, shape_of
+from pricing.data.items import (
     REPEATED,
     Item,
     item_from_row,
@@ -25,7 +25,7 @@ from pricing.items import (
     split_of,
     unseen,
 )
-from pricing.prompt import PROMPT, Example, encode_items, encode_prompt, load_prompt
+from pricing.data.prompt import PROMPT, Example, encode_items, encode_prompt, load_prompt
 
 
 def row(**changes):

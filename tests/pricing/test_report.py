@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from pricing.items import Item
-from pricing.metrics import paired_difference, score
-from pricing.report import compare_reports, comparison_table, write_predictions, write_report
+from pricing.data.items import Item
+from pricing.evaluation.metrics import paired_difference, score
+from pricing.evaluation.report import compare_reports, comparison_table, write_predictions, write_report
 
 
 @pytest.fixture

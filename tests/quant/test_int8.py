@@ -15,15 +15,16 @@ import torch
 from conftest import hugging_face_model, our_model, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fast import int8 as fast_int8
+from fast.linears import Group
+from fast.plan import Plan
 from llama.attention import Layout
 from llama.model import Llama
 from lora.adapter import load_adapter, save_adapter
 from lora.inject import inject, lora_layers
 from lora.merge import merged_weight
-from memory import Plan
-from pricer import load_base, memory_report, speed_up
-from quant import fast_int8, int8
-from quant.fast import Group
+from pipeline.models import load_base, memory_report, speed_up
+from quant import int8
 from quant.linear import Linear16, LinearInt8, quantise_linear
 
 N, I, O, R, SCALING = 10, 90, 70, 4, 2.0  # I and O are no multiples of 4, which cuBLASLt asks for
@@ -236,7 +237,7 @@ def test_wrong_dtypes_and_thresholds_are_refused_in_one_line():
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf"])
 def test_train_refuses_a_threshold_that_is_none(value, capsys):
-    from options import training_options
+    from pipeline.options import training_options
 
     with pytest.raises(SystemExit):
         training_options(["--bits", "8", f"--outlier-threshold={value}"])
@@ -475,7 +476,7 @@ def test_a_model_of_groups_equals_the_readable_one(tmp_path, plan):
 
 def test_smollm2_loses_less_in_8_bits_than_in_4(smollm2_directory):
     """Logits of a text against those of the weights as they are: 8 bits are nearer, with outliers apart nearest."""
-    from pricer import open_base
+    from pipeline.models import open_base
 
     config, tokenizer, directory = open_base("smollm2")
     text = "How much does this cost? Steel water bottle, 750 ml, double wall. " * 3

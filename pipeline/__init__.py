@@ -1,0 +1,1 @@
+"""Where the packages are joined: options, models, checkpoints, predictions."""

@@ -1,0 +1,1 @@
+"""Raw listings to a file to train on: filtered, deduplicated, balanced, split."""

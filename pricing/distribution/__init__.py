@@ -1,0 +1,1 @@
+"""From logits to a distribution over prices, and the losses that teach it."""

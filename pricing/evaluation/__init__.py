@@ -1,0 +1,1 @@
+"""How far off in dollars: metrics, baselines, the report, the terminal."""
