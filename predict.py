@@ -7,17 +7,23 @@ The price is the median of what the digits and the head think together. A file i
 or `title` and more, in each row; or .txt with a text in each line.
 """
 
+from pipeline.options import pricing_options
+
+if __name__ == "__main__":  # before PyTorch is imported, which takes seconds: --help and typing errors answer at once
+    ARGUMENTS = pricing_options(__doc__)
+
+import argparse
 import csv
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
-from pipeline.models import pick_device, pick_dtype, run_main
-from pipeline.options import Parser, add_batch_argument, add_model_arguments
-from pipeline.predictor import Run
+from common.cli import run_main
+from pipeline.models import pick_device, pick_dtype
+from pipeline.predictor import Predictor
 from pricing.data.items import Item, read_rows, read_text, text_of
-from pricing.distribution.intervals import SHARES, calibrated_range
+from pricing.distribution.intervals import calibrated_range
 
 CHUNK = 5000  # texts whose distributions over 1,000 prices are held at a time: 40 MB for each member
 
@@ -44,39 +50,24 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def main() -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", nargs="*", help="what to price")
-    parser.add_argument("--ckpt", default="out", help="the directory that train.py wrote (default: out)")
-    parser.add_argument("--file", type=Path, help="a file of texts; writes CSV: text, price, low, high in dollars")
-    parser.add_argument(
-        "--decode", choices=["median", "head", "blend"],
-        help="median of the digits' distribution, the head's, or both blended (default, where there is a head)",
-    )  # fmt: skip
-    shares = [round(100 * share) for share in SHARES]
-    parser.add_argument("--interval", type=int, default=80, choices=shares, help="per cent of prices a range holds")
-    add_batch_argument(parser)
-    add_model_arguments(parser)
-    args = parser.parse_args()
-    if bool(args.text) == bool(args.file):
-        parser.error("give a text or --file, one of the two")
+def main(args: argparse.Namespace) -> None:
     texts = read_texts(args.file) if args.file else args.text
     if any(not text.strip() for text in texts):
         raise ValueError("the text to price is empty")
 
     device = pick_device(args.device)
-    run = Run(args.ckpt, device, pick_dtype(args.dtype, device))
-    decode = run.decoding(args.decode)
+    predictor = Predictor(args.ckpt, device, pick_dtype(args.dtype, device))
+    decode = predictor.decoding(args.decode)
     items = [Item(str(n), text.strip().splitlines()[0], text, 1.0, "", "test") for n, text in enumerate(texts)]
-    prompts, held, rows = run.prompts(items), run.held(decode), []
+    prompts, calibration, rows = predictor.prompts(items), predictor.calibration(decode), []
     bar = tqdm(total=len(texts), unit="text", dynamic_ncols=True, disable=not args.file)  # on standard error
     for start in range(0, len(texts), CHUNK):
-        found = run.forecast(
+        prediction = predictor.predict(
             prompts[start : start + CHUNK], args.batch_tokens,
             on_batch=lambda indices, _: bar.update(len(indices)),
         )  # fmt: skip
-        guess = found.median(decode)
-        low, high, calibrated = calibrated_range(found.quantiles(decode), guess, args.interval / 100, *held)
+        guess = prediction.median(decode)
+        low, high, calibrated = calibrated_range(prediction.quantiles(decode), guess, args.interval / 100, *calibration)
         rows += zip(texts[start : start + CHUNK], guess, low, high, strict=True)
     bar.close()
     if not calibrated:
@@ -92,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: main(ARGUMENTS))

@@ -1,6 +1,6 @@
 """Rotary positions and causal attention over packed sequences, in Triton.
 
-    python -m pytest tests/test_fused.py       # against the plain rotate_heads and attend
+    python -m pytest tests/fast/test_attention.py       # against the plain rotation and `attend`
 
 FlashAttention's algorithm (Dao et al. 2022, arXiv 2205.14135): a tile of queries meets one tile of keys after another,
 keeping the softmax's running maximum and sum, so the (T, T) scores never exist; backward computes them again from the

@@ -1,6 +1,6 @@
-"""LLM.int8() once more, for speed: what quant/linear.py's LinearInt8 computes, in fixed shapes and few passes.
+"""LLM.int8() once more, for speed: what LinearInt8 (quant/int8.py) computes, in fixed shapes and few passes.
 
-    python -m pytest tests/test_int8.py        # equal to LinearInt8, forward and backward
+    python -m pytest tests/quant/test_int8.py  # equal to LinearInt8, forward and backward
 
 How many columns are outliers is known on the GPU only, and a CUDA graph has no shapes that change: so the GPU itself
 decides how far a loop runs. Four kernels around bitsandbytes' product of integers:
@@ -15,13 +15,13 @@ The outliers' product costs what their blocks take of the 16-bit product: next t
 gate and up, where SmolLM2 has none to four outlier columns in 1,129 tokens of the catalogue, and up to the whole of it
 for down_proj's, where 84 of 1,536 are outliers in an average block and 548 in the last. It is added in float32 before
 the one rounding, where LinearInt8 rounds twice; all else is the same numbers. Backward dequantises W in one pass, or
-reads what `Group.keep` holds.
+reads what `MergedLinear.keep` holds.
 """
 
 import torch
 from torch import Tensor
 
-from quant.linear import LinearInt8, integer_product
+from quant.int8 import LinearInt8, integer_product
 
 try:
     import triton
@@ -137,7 +137,7 @@ def fused_multiply(x: Tensor, linear: LinearInt8) -> Tensor:
 class JoinedInt8(LinearInt8):
     """The int8 weights of linears one below the other, as one: x is quantised once for all. Each keeps a view."""
 
-    def __init__(self, linears: list[LinearInt8]):
+    def __init__(self, linears: list[LinearInt8], kernels: bool):
         weight, scale = torch.cat([one.weight for one in linears]), torch.cat([one.scale for one in linears])
         sizes, bias = [one.out_features for one in linears], None
         if any(one.bias is not None for one in linears):
@@ -145,7 +145,7 @@ class JoinedInt8(LinearInt8):
         super().__init__(weight, scale, bias, linears[0].threshold)
         for one, rows, scales in zip(linears, weight.split(sizes), scale.split(sizes), strict=True):
             one.weight, one.scale = rows, scales
-        self.fused = triton is not None and weight.is_cuda
+        self.fused = kernels and weight.is_cuda
 
     def multiply(self, x: Tensor) -> Tensor:
         self.check(x)

@@ -1,6 +1,6 @@
-"""The pieces of llama/model.py that are no matrix product, each as one Triton kernel a direction.
+"""What is no matrix product in a block, each as one Triton kernel a direction: norm with the sum before it, SwiGLU.
 
-    python -m pytest tests/test_fused.py       # against the plain pieces, forward and backward
+    python -m pytest tests/fast/test_norm_glu.py       # against the plain pieces of fast/layers.py, forward and backward
 
 The plain pieces read and write memory once for every operation in their formula; these read each input and write each
 result once. The formulas are the same, in float32 inside; what they return is rounded once, at the end.
@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fast.attention import PackedAttention, shared_memory, tile_of
-from llama import model
-from llama.attention import KVCache, Layout, Scores
+from fast.layers import PLAIN, Pieces
+from llama.attention import Layout, Scores
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def glu_backward(gate_up, grad, grad_gate_up, size, GELU: tl.constexpr, BLOCK: t
 
 
 class GLU(torch.autograd.Function):
-    """swiglu, or geglu"""
+    """SwiGLU, or with `gelu` Gemma's GELU in its place.  (N, 2F) -> (N, F)"""
 
     @staticmethod
     def forward(ctx, gate_up, gelu):
@@ -129,23 +129,19 @@ class GLU(torch.autograd.Function):
         return grad_gate_up, None
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    return GLU.apply(gate_up, False)
-
-
-def geglu(gate_up: Tensor) -> Tensor:
-    return GLU.apply(gate_up, True)
+def glu(gate_up: Tensor, gelu: bool) -> Tensor:
+    return GLU.apply(gate_up, gelu)
 
 
 def attention(
-    qkv, cos, sin, kv_heads: int, head_dim: int, layout: Layout, cache: KVCache | None, layer: int, scores=Scores()
-) -> Tensor:
-    """Packed sequences as one kernel; with a cache, or where the GPU is too small for it, as in the plain piece"""
+    qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, head_dim: int, layout: Layout, cache=None, layer: int = 0,
+    scores: Scores = Scores(),
+) -> Tensor:  # fmt: skip
+    """Packed sequences as one kernel; with a cache, or where the GPU is too small for it, as in plain PyTorch"""
     fits = tile_of(head_dim, qkv.dtype, shared_memory(qkv.device)) is not None
     if fits and cache is None and layout.edges is not None:
         return PackedAttention.apply(qkv, cos, sin, layout.edges, layout.columns, kv_heads, head_dim, scores)[0]
-    return model.attention(qkv, cos, sin, kv_heads, head_dim, layout, cache, layer, scores)
+    return PLAIN.attention(qkv, cos, sin, kv_heads, head_dim, layout, cache, layer, scores)
 
 
-# In place of llama.model.PIECES, name by name.
-FUSED = {"add_norm": AddNorm.apply, "attention": attention, "swiglu": swiglu, "geglu": geglu}
+FUSED = Pieces(AddNorm.apply, attention, glu)

@@ -1,4 +1,4 @@
-"""Who sees whom: packed sequences, the KV cache, and attention itself.
+"""Who sees whom: packed sequences, and attention itself. The cache that grows on them is in cache.py.
 
 The network works on N packed tokens, one sequence after another without padding: every linear, norm and MLP then does
 useful work only. Attention alone needs to know where a sequence begins. It lays q, k and v out on a grid of B rows and
@@ -10,12 +10,8 @@ T columns (a row a sequence, the tail unused), attends within each row, and pack
 
 Rows never meet, so packing cannot leak one item into another; and with a causal mask, an unused tail is never seen by
 a real token before it, so no padding mask is needed. A batch padded on the right is the special case of equal lengths.
-The fast path on a GPU needs no grid: llama/fused_attention.py takes the packed rows and the indices where sequences
-begin. Both give the same numbers up to rounding; tests hold them together.
-
-Scoring prices asks many short continuations of one prompt ("1", "12", "123", ...). A `KVCache` holds the prompt's
-keys and values once, and `extend` adds tokens as a tree: each new token sees the prompt, its ancestors and itself.
-Ordinary token by token decoding is the tree without branches.
+The fast path on a GPU needs no grid: fast/attention.py takes the packed rows and the indices where sequences begin.
+Both give the same numbers up to rounding; tests hold them together.
 """
 
 from dataclasses import dataclass
@@ -88,61 +84,6 @@ class Layout:
         return x if self.slots is None else x.index_select(0, self.slots)
 
 
-class KVCache:
-    """Keys and values of B prompts and of the tree of tokens grown on them."""
-
-    def __init__(
-        self, lengths: list[int], layers: int, device: torch.device | str, prefix: "KVCache | None" = None
-    ):
-        """`prefix` is the cache of one sequence that comes before every prompt: read once, shared by all rows."""
-        self.keys: list[Tensor | None] = [None] * layers  # each (B, S, K, D), rotated
-        self.values: list[Tensor | None] = [None] * layers
-        self.layout = Layout.packed(lengths, device)  # of the tokens being added; first the prompts themselves
-        columns = torch.arange(max(lengths), device=device)
-        self.lengths = torch.tensor(lengths, device=device)  # (B,) tokens, with those of the prefix
-        prompt = columns < self.lengths[:, None]
-        if prefix is not None:
-            before = prefix.keys[0].shape[1]
-            self.lengths = self.lengths + before
-            self.keys = [k.expand(len(lengths), -1, -1, -1) for k in prefix.keys]
-            self.values = [v.expand(len(lengths), -1, -1, -1) for v in prefix.values]
-            prompt = F.pad(prompt, (before, 0), value=True)
-            self.layout.positions = self.layout.positions + before
-            # Row t of the grid sees the prefix and columns 0 to t; (1, 1, T, S), the same for every prompt.
-            slots = torch.arange(before + len(columns), device=device)
-            self.layout.mask = (columns[:, None] + before >= slots)[None, None]
-            self.layout.slot_positions = slots[None]
-        self.layout.lengths = self.lengths.repeat_interleave(torch.tensor(lengths, device=device))
-        # Prompts begin at slot 0, or after the prefix: a slot is a position. Tree tokens add their own.
-        self.slot_positions = torch.arange(prompt.shape[1], device=device).expand(len(lengths), -1)
-        self.sees = prompt[:, None, :]  # (B, 1 + tree nodes, S) bool: what each node may look at; node 0 is the prompt
-
-    def grow(self, parents: Tensor) -> None:
-        """Make room for n new nodes a row. parents (B, n): 0 for the prompt, i for the i-th node added after it."""
-        rows, new = parents.shape
-        nodes, slots = self.sees.shape[1:]
-        sees = F.pad(self.sees, (0, new))  # (B, nodes, S + n)
-        of_parent = sees.gather(1, parents[:, :, None].expand(-1, -1, slots + new))  # (B, n, S + n)
-        itself = torch.zeros(new, slots + new, dtype=torch.bool, device=parents.device)
-        itself[:, slots:].fill_diagonal_(True)
-        added = of_parent | itself
-        self.sees = torch.cat([sees, added], dim=1)
-        # A token's position is the number of tokens that it sees before itself.
-        positions = added.sum(-1) - 1  # (B, n)
-        self.slot_positions = torch.cat([self.slot_positions, positions], dim=1)
-        self.layout = Layout(
-            positions.view(-1), rows, new, None, mask=added[:, None],
-            lengths=self.lengths.repeat_interleave(new), slot_positions=self.slot_positions,
-        )  # fmt: skip
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, K, D) new keys and values -> all so far (B, S, K, D)"""
-        if self.keys[layer] is not None:
-            k, v = torch.cat([self.keys[layer], k], dim=1), torch.cat([self.values[layer], v], dim=1)
-        self.keys[layer], self.values[layer] = k, v
-        return k, v
-
-
 @dataclass(frozen=True)
 class Scores:
     """How a layer's scores come about, where it is not q k^T / sqrt(D) over all that came before"""
@@ -166,11 +107,11 @@ def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, cache: KVCache | None = None, layer: int = 0,
-    scores: Scores = Scores(),
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, cache=None, layer: int = 0, scores: Scores = Scores()
+) -> Tensor:
     """softmax(q k^T / sqrt(D)) v within each sequence, or as `scores` says.  q (N, H, D), k, v (N, K, D) -> (N, H * D)
 
+    `cache` is a llama.cache.KVCache: k and v of `layer` are added to it, and the queries see all that it holds.
     Grouped queries: head h reads key-value head h // (H / K),
     that is [K1, K2] -> [K1, K1, K2, K2], not [K1, K2, K1, K2].
     """

@@ -1,11 +1,11 @@
 """The trained numbers as one flat vector, and the optimisers that move it.
 
-    python -m pytest tests/test_optim.py       # against one optimiser step for each tensor, and bitsandbytes' own
+    python -m pytest tests/lora/test_optim.py       # against one optimiser step for each tensor, and bitsandbytes' own
 
 An adapter has hundreds of small matrices. Laid end to end in one vector, clipping is one norm, an update is one
 kernel and zeroing is one fill; the matrices stay what they were, as views. AdamW works number by number, so the
 result is the same to the bit. Order: a parent module after the other (self_attn, mlp, ...), and in each first all A,
-then all B, so that the A of q, k and v lie one below the other, ready to be multiplied as one matrix (quant/fast.py).
+then all B, so that the A of q, k and v lie one below the other, ready to be multiplied as one matrix (fast/linears.py).
 """
 
 from itertools import groupby
@@ -25,7 +25,7 @@ OPTIMISERS = {
 }
 
 
-class FlatFactors:
+class FlatParameter:
     """All lora_A and lora_B of a model, then the `others` that are trained with them (a price head), as views of
     `parameter` (n,) float32, their gradients as views of its own."""
 
@@ -43,34 +43,6 @@ class FlatFactors:
             factors, self.parameter.data.split(self.sizes), self.parameter.grad.split(self.sizes), strict=True
         ):
             factor.data, factor.grad = data.view_as(factor), grad.view_as(factor)
-
-    def spread(self, groups: list, dtype: torch.dtype) -> None:
-        """Give each quant.fast.Group its factors in `dtype`: one cast, and in backward one concatenation for all.
-
-        A group's A are neighbours in the vector and come as one matrix (R_1 + R_2 + ..., I).
-        """
-        group_of = {part: group for group in groups for part in group.lora}
-        runs = [  # (group, factor, how many numbers): each run is one piece
-            (group, factor, [layer for layer, _ in run])
-            for (group, factor, _), run in groupby(
-                self.order, key=lambda o: (group_of[o[0]], o[1], None if o[1] == "lora_A" else o[0])
-            )
-        ]
-        sizes = [sum(getattr(layer, factor).numel() for layer in run) for _, factor, run in runs]
-        *pieces, _ = self.parameter.to(dtype).split([*sizes, len(self.parameter) - sum(sizes)])  # the last: the others
-        collected = {group: ([], []) for group in groups}
-        for (group, factor, run), piece in zip(runs, pieces, strict=True):
-            columns = getattr(run[0], factor).shape[1]
-            collected[group][factor == "lora_B"].append(piece.view(-1, columns))
-        for group, (lora_As, lora_Bs) in collected.items():
-            if len(lora_As) > 1:
-                raise ValueError("the factors A of a group must be neighbours in the flat vector")
-            group.factors = (lora_As[0], *lora_Bs) if lora_As else None
-
-    def gather(self, groups: list) -> None:
-        """End a step: groups read the live factors again (validation between steps must see what was learnt)."""
-        for group in groups:
-            group.factors = None
 
 
 def make_optimiser(name: str, parameter: nn.Parameter, lr: float, weight_decay: float) -> torch.optim.Optimizer:

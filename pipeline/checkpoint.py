@@ -1,87 +1,189 @@
-"""Checkpoint directories that are whole or absent, and the optimiser's state without pickle.
+"""A run on disk: `out/` holds the adapter in PEFT's format, the price head, run.json, metrics.jsonl and `state/`, which
+a resumed run needs to go on as if it had never stopped. Whole or absent; JSON and safetensors, no pickle.
 
-`state/` holds what a resumed run needs to go on as if it had never stopped: optimiser tensors, step, random numbers.
+    out/                      the first member, and what all share
+    out/members/1, 2, ...     the further members of an ensemble, each a whole run
+    out/state/complete        there once the run has come to its end: nothing is left to resume
 """
 
+import argparse
+import hashlib
 import json
-import os
-import shutil
-import tempfile
-from contextlib import contextmanager
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
-from lora.optim import FlatFactors, initialise
+from common.files import check_writable, whole_file, write_directory
+from llama.model import Llama
+from lora.adapter import save_adapter
+from lora.optim import FlatParameter, initialise
+from pipeline.data import TrainingData
+from pipeline.hub import published_name
+from pipeline.models import peak_memory
+from pricing.data.neighbours import INDEX
+from pricing.distribution.intervals import LEVELS
+from pricing.distribution.quantile_head import PriceHead, save_head
+
+BITS = (4, 8, 16)
+COMPLETE = "state/complete"  # a file in a checkpoint whose run has come to its end
+CALIBRATION = "validation.safetensors"  # a run's own predictions of its validation items
+# What a run of before an option did, which its run.json does not say.
+OLDER = {"head": "none", "members": 1, "neighbours": 0, "train_items": None, "outlier_threshold": 6.0}
+ADAPTER = "adapter_model.safetensors"
 
 
-@contextmanager
-def write_directory(out: Path):
-    """Yields a temporary directory beside `out`; on success it is fsynced and takes `out`'s place, else it vanishes.
+@dataclass
+class TrainingRun:
+    """What train.py trains and this file saves."""
 
-    At every moment the old or the new directory is whole: the old one is moved aside, and put back on any failure.
+    args: argparse.Namespace
+    directory: Path  # of the base model
+    data: TrainingData
+    model: Llama
+    price_head: PriceHead | None
+    flat: FlatParameter
+    optimiser: torch.optim.Optimizer
+    numerics: dict  # what memory decided of the numbers: the optimiser, an lm_head in 8 bits
+
+
+def read_run(ckpt: str | Path) -> dict:
+    """run.json of a checkpoint directory. Raises ValueError where it is none."""
+    path = Path(ckpt) / "run.json"
+    if not path.is_file():
+        why = "has no run.json" if Path(ckpt).is_dir() else "does not exist"
+        raise ValueError(f"{ckpt} is no checkpoint of train.py: it {why}")
+    try:
+        run = json.loads(path.read_text())
+        missing = {"model", "bits", "blocksize", "double_quant", "data", "size", "max_tokens"} - set(run["options"])
+        if missing or not {"prompt", "data", "steps"} <= set(run):
+            raise KeyError(", ".join(sorted(missing)))
+        options = OLDER | run["options"]
+        numbers = ("bits", "blocksize", "size", "max_tokens", "members", "neighbours", "batch_tokens", "rank")
+        if wrong := [key for key in numbers if type(options.get(key, 1)) is not int]:
+            raise TypeError(f"{wrong[0]} is {options[wrong[0]]!r}")
+        if options["bits"] not in BITS or run["prompt"].count("{text}") != 1:
+            raise TypeError(f"bits are {options['bits']!r}, the prompt is {run['prompt']!r}")
+        return run | {"options": options}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or of another version: {error!r}") from None
+
+
+def check_replaceable(out: Path, earlier: dict | None) -> None:
+    """Raises ValueError or OSError now, not after hours of training, where `save` could not write `out`, or would
+    replace what is no earlier run of train.py."""
+    if not earlier and out.exists() and not (out / "run.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} exists and is no earlier run of train.py; choose another name")
+    check_writable(out)
+
+
+def load_metrics(out: Path) -> list[dict]:
+    """The lines of metrics.jsonl"""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def member_paths(ckpt: str | Path, options: dict) -> list[Path]:
+    """The checkpoints of a run: itself, and the further ones that `train.py --members` trained. Raises ValueError where
+    some are missing."""
+    paths, number = [Path(ckpt)], 1
+    while (path := Path(ckpt) / "members" / str(number)).is_dir():
+        paths, number = [*paths, path], number + 1
+    if len(paths) != (asked := options["members"]):
+        raise ValueError(f"{ckpt} holds {len(paths)} of its {asked} members; go on with train.py --resume --out {ckpt}")
+    return paths
+
+
+def adapter_digest(ckpt: str | Path) -> str:
+    """sha256 of the adapter's weights, by which a price head knows what it was trained beside"""
+    return hashlib.sha256((Path(ckpt) / ADAPTER).read_bytes()).hexdigest()
+
+
+def save(
+    run: TrainingRun, out: Path, counts: dict, metrics: list[dict], calibration: dict[str, np.ndarray], error: float | None
+) -> None:
+    """A whole checkpoint directory, under its name only when complete.
+
+    `counts`: step, seconds, tokens; `metrics`: a dict a line; `calibration`: predictions of validation items, as
+    `write_calibration` takes them, and `error`, in dollars, theirs.
     """
-    out = Path(os.path.realpath(out))  # through a symbolic link, to where the files really lie
-    part = beside(out)
-    old = part.with_name(part.name.replace(".part-", ".old-"))
+    args, data, device = run.args, run.data, run.model.device
+    record = {
+        "options": {k: v for k, v in vars(args).items() if k not in ("resume", "explain_memory")},
+        "base_model": {"name": args.model, "directory": run.directory.name},
+        "data": data.identity | {"train": len(data.train)},
+        "prompt": data.prompt,
+        "validation": {"items": len(calibration.get("price", ())), "mae_dollars": error},
+        "split": "by `split` column, else by hash of the title: 85 % train, 5 % val, 10 % test",
+        "versions": {name: version(name) for name in ("torch", "bitsandbytes", "safetensors", "tiktoken")}
+        | {"python": platform.python_version()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "compute_dtype": str(run.model.compute_dtype).removeprefix("torch."),
+        "plan": run.numerics,
+        "steps": counts["step"],
+        "seconds": round(counts["seconds"], 1),
+        "tokens": counts["tokens"],
+        "peak_memory_gib": round(peak_memory(device), 3),
+    }
+    with write_directory(out) as part:
+        save_adapter(run.model, part, base_model=published_name(args.model))
+        if run.price_head:
+            run.price_head.settings["adapter"] = adapter_digest(part)
+            save_head(run.price_head, part)
+        if data.index:
+            data.index.save(part / INDEX)
+        if calibration:
+            write_calibration(part, calibration)
+        save_state(part / "state", run.flat, run.optimiser, counts)
+        (part / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+        lines = [json.dumps(line, allow_nan=False) + "\n" for line in metrics]
+        (part / "metrics.jsonl").write_text("".join(lines))
+
+
+def write_calibration(ckpt: str | Path, calibration: dict[str, np.ndarray]) -> None:
+    """`price` (m,) dollars, `digits` and `head` (m, 21) log dollars; whole or not at all"""
+    with whole_file(Path(ckpt) / CALIBRATION) as part:
+        save_arrays({key: np.ascontiguousarray(value, np.float64) for key, value in calibration.items()}, part)
+
+
+def read_calibration(ckpt: str | Path) -> dict[str, np.ndarray]:
+    """What `write_calibration` wrote; no items where a run has none. Raises ValueError where the file is damaged."""
+    path = Path(ckpt) / CALIBRATION
+    if not path.is_file():  # trained without validation items
+        return {"price": np.zeros(0)}
     try:
-        part.chmod(0o755)
-        yield part
-        for path in [*part.rglob("*"), part]:
-            if path.is_file():
-                path.chmod(0o644)  # safetensors writes for the owner alone
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        if out.exists():
-            os.rename(out, old)
-        os.rename(part, out)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
-        if old.exists() and not out.exists():
-            os.rename(old, out)
-        if isinstance(error, SafetensorError) and "while serializing" in str(error):  # a full disk, say
-            raise OSError(f"{out} cannot be written: {error}") from None
-        raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        arrays = load_arrays(path)
+        sizes = {key: (len(arrays["price"]), len(LEVELS)) for key in arrays} | {"price": arrays["price"].shape[:1]}
+        if wrong := [key for key, value in arrays.items() if value.shape != sizes[key]]:
+            raise ValueError(f"{wrong[0]} is {arrays[wrong[0]].shape}")
+        return arrays
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
 
 
-def beside(out: Path) -> Path:
-    """A new temporary directory beside `out`. Raises OSError that names `out`."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{out.name}.part-", dir=out.parent))
-    except OSError as error:
-        raise OSError(f"{out} cannot be written: {error.strerror}") from None
-
-
-def check_writable(out: Path) -> None:
-    """Raises OSError or ValueError now, not after hours of training, where `write_directory(out)` could not work."""
-    if os.path.ismount(out):
-        raise ValueError(f"{out} is a mount point, which cannot be replaced; name a directory inside it")
-    os.rmdir(beside(Path(os.path.realpath(out))))
-
-
-def save_state(directory: Path, factors: FlatFactors, optimiser: torch.optim.Optimizer, progress: dict) -> None:
+def save_state(directory: Path, flat: FlatParameter, optimiser: torch.optim.Optimizer, progress: dict) -> None:
     """The optimiser's state for the flat vector of factors, the random state, and `progress`: how far the run is."""
     directory.mkdir()
     tensors, numbers = {"random.cpu": torch.get_rng_state()}, {}
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    for key, value in initialise(optimiser, factors.parameter).items():
+    for key, value in initialise(optimiser, flat.parameter).items():
         if torch.is_tensor(value):
             tensors[f"optimiser.{key}"] = value.detach().cpu().contiguous()
         else:
             numbers[key] = value
     save_file(tensors, directory / "optimiser.safetensors")
-    whole = {"progress": progress, "optimiser": numbers, "trained_numbers": factors.parameter.numel()}
+    whole = {"progress": progress, "optimiser": numbers, "trained_numbers": flat.parameter.numel()}
     (directory / "progress.json").write_text(json.dumps(whole) + "\n")
 
 
-def load_state(directory: Path, factors: FlatFactors, optimiser: torch.optim.Optimizer) -> dict:
+def load_state(directory: Path, flat: FlatParameter, optimiser: torch.optim.Optimizer) -> dict:
     """Put everything back, in place; returns `progress`. Raises ValueError where the state does not fit."""
     try:
         tensors = load_file(directory / "optimiser.safetensors")
@@ -91,15 +193,15 @@ def load_state(directory: Path, factors: FlatFactors, optimiser: torch.optim.Opt
         raise ValueError(f"{directory} holds no readable training state: {error}") from None
     if "random.cpu" not in tensors:
         raise ValueError(f"{directory} lacks the random state")
-    if trained != factors.parameter.numel():
+    if trained != flat.parameter.numel():
         raise ValueError(
-            f"{directory} is the state of {trained:,} trained numbers; this model has {factors.parameter.numel():,}"
+            f"{directory} is the state of {trained:,} trained numbers; this model has {flat.parameter.numel():,}"
         )
     torch.set_rng_state(tensors.pop("random.cpu"))
     cuda = tensors.pop("random.cuda", None)
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
-    state = initialise(optimiser, factors.parameter)
+    state = initialise(optimiser, flat.parameter)
     for key, value in state.items():
         if not torch.is_tensor(value):
             state[key] = numbers.pop(key, value)

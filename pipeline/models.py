@@ -1,57 +1,40 @@
-"""Where the rooms meet: what train.py, evaluate.py and predict.py share. Here a directory becomes a quantised model:
-`llama/` and `pricing/` know neither each other nor `quant/` and `lora/`. forecast.py makes prices of it.
+"""From a directory to a quantised model: device and dtype, the base, its linears quantised as they are read, what lies
+where in memory.
+
+`llama/` and `quant/` do not know each other: here the weights that one reads are handed to the other.
 """
 
 import argparse
-import json
-import os
-import signal
 import sys
 from pathlib import Path
-from typing import Callable
 
 import torch
 from tqdm import tqdm
 
-from fast.linears import Group, HostEmbedding, group_linears, kernels_missing
-from fast.plan import Plan, Recompute, free_memory
 from llama.config import LlamaConfig
+from llama.families import config_from_directory
 from llama.model import Llama
 from llama.tokenizer import Tokenizer
 from llama.weights import load_weights
-from lora.adapter import load_adapter
-from pipeline.hub import PACKAGED, resolve_model
+from pipeline.hub import resolve_model
 from pricing.data.batch import Shape
-from pricing.data.items import Item
-from pricing.data.sources import load_items
+from pricing.distribution.quantile_head import price_head_parameters
 from quant.int8 import quantise_weight
-from quant.linear import BITS, FrozenLinear, quantise_linear
+from quant.linear import FrozenLinear
+from quant.quantise import quantise_linear
 
-# What a run of before an option did, which its run.json does not say.
-OLDER = {"head": "none", "members": 1, "neighbours": 0, "train_items": None, "outlier_threshold": 6.0}
+try:
+    from fast import install as fast
+except ImportError:  # the folder has been deleted: the readable path trains and prices
+    fast = None
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+READABLE = "readable: llama/model.py and quant/linear.py, line by line"
 GIB = 1 << 30
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Run a script: what a user can mend ends in one line and exit code 2, without a traceback (DEBUG=1 shows it)."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped; nothing half-written is left behind", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if os.environ.get("DEBUG"):
-            raise
-        message = " ".join(str(error).split())
-        if isinstance(error, torch.OutOfMemoryError):
-            message = "out of GPU memory; lower --batch-tokens (with --accumulate to make up for it) or give a "
-            message += "--memory-budget: " + " ".join(str(error).split())[:160]
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
 def pick_device(name: str) -> torch.device:
+    """`auto`: a GPU if there is one. Raises ValueError where a GPU is asked for and there is none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -71,119 +54,62 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def open_base(model_name: str) -> tuple[LlamaConfig, Tokenizer, Path]:
-    """What is known before any weight is read."""
+    """What is known before any weight is read. Raises ValueError where tokenizer and model do not fit."""
     directory = resolve_model(model_name)
-    tokenizer, config = Tokenizer.from_directory(directory), LlamaConfig.from_directory(directory)
+    tokenizer, config = Tokenizer.from_directory(directory), config_from_directory(directory)
     if tokenizer.vocab_size > config.vocab_size:
         sizes = f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {config.vocab_size}"
         raise ValueError(f"{directory}: {sizes}")
     return config, tokenizer, directory
 
 
-def load_base(config, tokenizer, directory, device, dtype, options, plan: Plan = Plan()) -> Llama:
+def plan_memory(args, config: LlamaConfig, shape: Shape, device, dtype, numerics: dict | None) -> tuple:
+    """The fast path's plan for --memory-budget, or None for the readable path; and its reasons, a line each."""
+    if not fast or args.readable or args.dropout:
+        return None, []
+    plan, reasons = fast.plan_training(
+        config, shape.tokens, shape.answers, device, args.memory_budget, args.optimiser, numerics,
+        bits=args.bits, dtype=dtype, rank=args.rank, targets=args.targets, blocksize=args.blocksize,
+        double_quant=args.double_quant,
+        head_numbers=price_head_parameters(config.hidden_size) if args.head == "quantile" else 0,
+        explain=args.explain_memory,
+    )  # fmt: skip
+    if args.explain_memory:
+        print("\n".join(reasons))
+        sys.exit()
+    return plan, reasons
+
+
+def load_base(
+    config: LlamaConfig, directory: Path, device: torch.device, dtype: torch.dtype, options: argparse.Namespace,
+    head8: bool = False, host_embed: bool = False,
+) -> Llama:  # fmt: skip
     """Each linear quantised as it is read (`options`: bits, blocksize, double_quant, outlier_threshold), embedding and
-    head left in the compute dtype, or where and how `plan` puts them."""
+    head left in the compute dtype; with `head8` an lm_head of its own in 8 bits, with `host_embed` the embedding in
+    the host's memory."""
     with torch.device("meta"):
         model = Llama(config, dtype)
 
     def make_linear(weight, bias):
         return quantise_linear(
             weight, bias, bits=options.bits, dtype=dtype, blocksize=options.blocksize,
-            double_quant=options.double_quant,
-            outlier_threshold=options.outlier_threshold,
+            double_quant=options.double_quant, outlier_threshold=options.outlier_threshold,
         )  # fmt: skip
 
     how = {4: "quantising to NF4", 8: "quantising to int8", 16: "loading in 16 bits"}[options.bits]
-    on_host = ["embed_tokens.weight"] * plan.host_embed + ["lm_head.weight"] * plan.head8
+    on_host = ["embed_tokens.weight"] * host_embed + ["lm_head.weight"] * head8
     load_weights(
         model, directory, device, make_linear, on_host, lambda names: tqdm(names, desc=how, unit="linear", leave=False)
     )
-    if plan.host_embed:
-        model.embed_tokens = HostEmbedding(model.embed_tokens.weight)
-    if plan.head8:
+    if host_embed:
+        fast.host_embedding(model)
+    if head8:
         weight, model.head_scale = quantise_weight(model.lm_head.weight, device)
         model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
     return model
 
 
-def speed_up(model: Llama, plan: Plan = Plan(), shape: Shape | None = None) -> list[Group]:
-    """The fast path, in place of the readable one: grouped linears, and on a GPU fused elementwise pieces; the plan's
-    kept weights and recomputation. `shape` is that of training batches."""
-    if plan.recompute:
-        size = (shape.tokens, model.config.hidden_size)
-        model.run_block = Recompute(model, plan.recompute, plan.offload, size, model.device)
-    if model.device.type == "cuda" and (missing := kernels_missing()):
-        print(f"no {missing}: the slower readable path runs", file=sys.stderr)
-        return []
-    groups = group_linears(model)
-    per_block = len(groups) // len(model.layers)
-    for group in groups[: plan.keep * per_block]:
-        group.keep(model.compute_dtype)
-    if model.device.type == "cuda":
-        model.fuse_pieces()
-    return groups
-
-
-def published_name(model_name: str) -> str:
-    """What other programs know a model by: the id on the hub of one that pip fetches, else what the user typed."""
-    return PACKAGED[model_name].published if model_name in PACKAGED else model_name
-
-
-def read_run(ckpt: str | Path) -> dict:
-    """run.json of a checkpoint directory. Raises ValueError where it is none."""
-    path = Path(ckpt) / "run.json"
-    if not path.is_file():
-        why = "has no run.json" if Path(ckpt).is_dir() else "does not exist"
-        raise ValueError(f"{ckpt} is no checkpoint of train.py: it {why}")
-    try:
-        run = json.loads(path.read_text())
-        missing = {"model", "bits", "blocksize", "double_quant", "data", "size", "max_tokens"} - set(run["options"])
-        if missing or not {"prompt", "data", "steps"} <= set(run):
-            raise KeyError(", ".join(sorted(missing)))
-        options = OLDER | run["options"]
-        numbers = ("bits", "blocksize", "size", "max_tokens", "members", "neighbours", "batch_tokens", "rank")
-        if wrong := [key for key in numbers if type(options.get(key, 1)) is not int]:
-            raise TypeError(f"{wrong[0]} is {options[wrong[0]]!r}")
-        if options["bits"] not in BITS or run["prompt"].count("{text}") != 1:
-            raise TypeError(f"bits are {options['bits']!r}, the prompt is {run['prompt']!r}")
-        return run | {"options": options}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or of another version: {error!r}") from None
-
-
-def check_same_data(run: dict, identity: dict) -> None:
-    """Raises ValueError where the data are no longer those of the run: what it held out would be unknown."""
-    if any(identity.get(key) != run["data"].get(key) for key in ("sha256", "items", "commit")):
-        raise ValueError(
-            f"{identity['data']} has changed since the run was trained on it: its splits cannot be trusted"
-        )
-
-
-def run_items(run: dict) -> list[Item]:
-    """All items of a run's data. Raises ValueError where they have changed."""
-    options = run["options"]
-    items, _, identity = load_items(options["data"], options["size"], options["data_seed"], options["strict"])
-    check_same_data(run, identity)
-    return items
-
-
-def load_run(ckpt: str | Path, run: dict, device, dtype) -> tuple:
-    """(Llama with its adapter, Tokenizer) as a run left them."""
-    options = run["options"]
-    config, tokenizer, directory = open_base(options["model"])
-    settled = Plan(**run.get("plan", {}))  # what was trained beside an lm_head in 8 bits is priced beside it
-    model = load_base(config, tokenizer, directory, device, dtype, argparse.Namespace(**options), settled)
-    load_adapter(model, Path(ckpt))
-    keep = Plan()
-    if options["bits"] == 4:  # dequantised once for all, where the matrices fit twice over
-        size = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear))
-        if 2 * size * dtype.itemsize < free_memory(device):
-            keep = Plan(keep=len(model.layers))
-    speed_up(model, keep)
-    return model.eval(), tokenizer
-
-
-def memory_report(model: Llama, head: torch.nn.Module | None = None) -> str:
+def memory_report(model: Llama, price_head: torch.nn.Module | None = None) -> str:
     """Logical weights apart from stored bytes, by storage, trainable and frozen. A packed NF4 byte is two weights."""
     rows: dict[str, list[int]] = {}
 
@@ -200,7 +126,7 @@ def memory_report(model: Llama, head: torch.nn.Module | None = None) -> str:
     for parameter in model.parameters():
         kind = "trainable (LoRA)" if parameter.requires_grad else "frozen embedding, head, norms"
         add(f"{kind}, {str(parameter.dtype).removeprefix('torch.')}", parameter.numel(), parameter.nbytes)
-    for parameter in head.parameters() if head else ():
+    for parameter in price_head.parameters() if price_head else ():
         add("trainable (price head), float32", parameter.numel(), parameter.nbytes)
     rows["total"] = [sum(r[0] for r in rows.values()), sum(r[1] for r in rows.values())]
     lines = [f"  {kind:<42}{n:>16,} parameters {size / 2**20:>10,.1f} MiB" for kind, (n, size) in rows.items()]
@@ -211,6 +137,6 @@ def peak_memory(device: torch.device) -> float:
     """GiB: the GPU's peak allocation, or on a CPU the process's peak resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
-    import resource
+    import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB

@@ -1,25 +1,39 @@
 """What the scripts can be told: all of train.py's options, and those that it shares with evaluate.py and predict.py.
 
-python train.py --help
+Nothing here imports PyTorch, so that `--help` and a mistyped option are answered at once. What is chosen from is
+therefore named twice; tests/pipeline/test_options.py holds both lists equal.
 """
 
 import argparse
 import math
 import sys
+from pathlib import Path
 
-from lora.optim import OPTIMISERS
-from pipeline.hub import NAMES
-from pipeline.models import DTYPES
-from pricing.distribution.crps import CRPS_SCALES
-from pricing.distribution.loss import LOSSES
-from quant.linear import BITS
+from common.cli import Parser, make_parser
+
+BITS = (4, 8, 16)
+BASES = ("smollm2", "gemma3-270m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b")
+DTYPES = ("bf16", "fp32")
+LOSSES = ("answer", "price", "soft")
+OPTIMISERS = ("adamw", "adamw8bit", "paged-adamw8bit", "sgd", "lion8bit")
+PICKS = ("median", "mean", "log-mean", "mode", "greedy")
+RANGES = (50, 80, 90, 95)  # per cent of prices
+PRUNE = 0.001
+TRAIN_EXAMPLES = """Fine-tune a Llama in 4, 8 or 16 bits to tell a product's price from its text.
+
+    python train.py --bits 4                                      SmolLM2-135M on the built-in catalogue
+    python train.py --bits 4 --data pc-parts                      real products
+    python train.py --bits 4 --model meta-llama/Llama-3.1-8B --data items.jsonl      your own, on a GPU
+    python train.py --bits 4 --readable                           line by line, the code as it is read
+    python train.py --resume                                      go on with the run in out/
+"""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, whose errors are one line too"""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"error: {message} (--help says what there is)\n")
+def peak_rate(hidden_size: int) -> float:
+    """The default of --lr: the wider a model, the smaller its steps. SmolLM2-135M (576) learns well at 2e-3, where
+    Gemma 3 270M (640) ends half as far off again as at 5e-4, and Qwen2.5-Coder 1.5B (1536) is better at 5e-4 than at
+    1e-4 (docs/results.md); 8B models are tuned with 1e-4."""
+    return 2e-3 if hidden_size <= 576 else 5e-4 if hidden_size < 2048 else 1e-4
 
 
 def add_model_arguments(parser) -> None:
@@ -43,12 +57,10 @@ def add_batch_argument(parser) -> None:
 
 
 def training_options(argv: list[str] | None = None) -> argparse.Namespace:
-    """What train.py is told, checked: what cannot be meant ends here, before anything is read."""
+    """What train.py is told, checked. Ends the script in one line, exit code 2, where an option is wrong, or where two
+    do not fit together: before anything is read."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = Parser(
-        description="Fine-tune a Llama in 4, 8 or 16 bits to tell a product's price from its text.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = make_parser(TRAIN_EXAMPLES, "train.py")
     for add in (add_base, add_data, add_loss, add_training, add_reporting, add_model_arguments, add_speed):
         add(parser)
     args = parser.parse_args(argv)
@@ -56,7 +68,7 @@ def training_options(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check(parser, args: argparse.Namespace, argv: list[str]) -> None:
+def check(parser: Parser, args: argparse.Namespace, argv: list[str]) -> None:
     """Ends the script in one line where options do not fit together."""
     least_values = dict(size=1, max_tokens=1, batch_tokens=1, rank=1, accumulate=1, log_every=1, val_items=0)
     least_values |= dict(members=1, neighbours=0)
@@ -71,12 +83,12 @@ def check(parser, args: argparse.Namespace, argv: list[str]) -> None:
         parser.error("--keep best and --patience go by validation items; --val-items 0 leaves none")
     if args.keep == "best" and args.save_every:
         parser.error("--keep best saves at every best check, and only there; leave out --save-every")
-    if args.memory_budget and (args.readable or args.dropout):
-        parser.error("--memory-budget plans the fast path; leave out --readable and --dropout")
+    if (args.memory_budget or args.explain_memory) and (args.readable or args.dropout):
+        parser.error("--memory-budget and --explain-memory plan the fast path; leave out --readable and --dropout")
     given = {word.split("=")[0] for word in argv if word.startswith("--")}
     if args.resume and (others := given - {"--resume", "--out", "--device"}):
         parser.error(f"--resume goes on with the options of the first start; leave out {', '.join(sorted(others))}")
-    above_zero = ("epochs", "lr", "clip", "soft_width", "crps_weight", "head_weight", "max_minutes", "max_steps")
+    above_zero = ("epochs", "lr", "clip", "soft_width", "head_weight", "max_minutes", "max_steps")
     for name in (*above_zero, "val_every", "save_every", "patience", "train_items"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
@@ -84,7 +96,7 @@ def check(parser, args: argparse.Namespace, argv: list[str]) -> None:
 
 def add_base(parser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="smollm2", help=f"{NAMES}, a directory, a .gguf file or a hub id")
+    group.add_argument("--model", default="smollm2", help=f"{', '.join(BASES)}, a directory, a .gguf file or a hub id")
     group.add_argument("--bits", type=int, default=4, choices=BITS, help="4: NF4; 8: LLM.int8(); 16: not quantised")
     group.add_argument(
         "--blocksize", type=int, default=64, choices=[64, 128, 256, 512], help="weights that share one absmax"
@@ -129,23 +141,13 @@ def add_loss(parser) -> None:
         "--loss",
         default="answer",
         choices=LOSSES,
-        help="answer: plain cross-entropy; price: without the .00; crps: price and the CRPS of its distribution; "
-        "soft: near prices count as nearly right",
+        help="answer: plain cross-entropy; price: without the .00; soft: near prices count as nearly right",
     )
     group.add_argument(
         "--soft-width",
         type=float,
         default=0.1,
         help="relative width of the soft loss's neighbourhood of the true price",
-    )
-    group.add_argument(
-        "--crps-weight",
-        type=float,
-        default=1.0,
-        help="nats for each unit of an item's CRPS (see --crps-scale; in dollars it is some 100 times larger)",
-    )
-    group.add_argument(
-        "--crps-scale", default="log", choices=CRPS_SCALES, help="unit of the CRPS: ln price, or dollars"
     )
     group.add_argument(
         "--head", default="quantile", choices=["none", "quantile"],
@@ -209,8 +211,67 @@ def add_speed(parser) -> None:
         "--memory-budget", default=None, metavar="6GiB", help="most that training may allocate (default: what is free)"
     )
     group.add_argument(
+        "--explain-memory", action="store_true", help="print what training would allocate, term by term, and end"
+    )
+    group.add_argument(
         "--graph", default="auto", choices=["auto", "off"], help="record a step once and replay it, on a GPU"
     )
     group.add_argument(
-        "--readable", action="store_true", help="the plain path of quant/linear.py: no kernels, groups or graph"
+        "--readable", action="store_true", help="the plain path of llama/model.py and quant/linear.py: nothing of fast/"
     )
+
+
+def evaluation_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """What evaluate.py is told, checked; `doc` is its docstring."""
+    parser = make_parser(doc, "evaluate.py")
+    parser.add_argument("--ckpt", default="out", help="the directory that train.py wrote")
+    parser.add_argument("--data", default=None, help="other data than the run's (its test split is priced)")
+    parser.add_argument(
+        "--split", default="test", choices=["test", "val"], help="val: to choose settings by, into report_val/"
+    )
+    parser.add_argument("--items", type=int, default=None, help="price a fixed sample of so many test items")
+    parser.add_argument(
+        "--decode",
+        choices=[*PICKS, "head", "blend"],
+        help="how one price is chosen from the digits' distribution; head: not from it, but the head's median; blend: "
+        "half way between the two medians, in log price (default, where there is a head; else median)",
+    )
+    parser.add_argument("--interval", type=int, default=80, choices=RANGES, help="per cent of prices a range holds")
+    parser.add_argument(
+        "--prune", type=float, default=PRUNE, help="digit-tree nodes with less of what names a price are not opened"
+    )
+    parser.add_argument(
+        "--untuned", action=argparse.BooleanOptionalAction, default=True, help="price with the untuned model too"
+    )
+    parser.add_argument(
+        "--baselines", action="store_true", help="all baselines, not only the quick ones; computed once and kept"
+    )
+    parser.add_argument(
+        "--compare", nargs=2, metavar="REPORT", help="only compare two report directories, item by item"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no line for each item")
+    add_batch_argument(parser)
+    add_model_arguments(parser)
+    args = parser.parse_args(argv)
+    if (args.items is not None and args.items < 1) or not 0 <= args.prune < 0.5:
+        parser.error("--items must be at least 1, --prune from 0 to 0.5")
+    return args
+
+
+def pricing_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """What predict.py is told, checked; `doc` is its docstring."""
+    parser = make_parser(doc, "predict.py")
+    parser.add_argument("text", nargs="*", help="what to price")
+    parser.add_argument("--ckpt", default="out", help="the directory that train.py wrote")
+    parser.add_argument("--file", type=Path, help="a file of texts; writes CSV: text, price, low, high in dollars")
+    parser.add_argument(
+        "--decode", choices=["median", "head", "blend"],
+        help="median of the digits' distribution, the head's, or both blended (default, where there is a head)",
+    )  # fmt: skip
+    parser.add_argument("--interval", type=int, default=80, choices=RANGES, help="per cent of prices a range holds")
+    add_batch_argument(parser)
+    add_model_arguments(parser)
+    args = parser.parse_args(argv)
+    if bool(args.text) == bool(args.file):
+        parser.error("give a text or --file, one of the two")
+    return args

@@ -1,6 +1,6 @@
 """The quantised linear of QLoRA, by hand: y = x W^T + b + scaling (x_lora A^T) B^T, with W frozen and stored in 4 bits.
 
-    python -m pytest tests/test_linear.py      # against the dequantised linear in float64, forward and backward
+    python -m pytest tests/quant/test_linear.py      # against the dequantised linear in float64, forward and backward
 
 N is all tokens of a batch laid end to end, O and I are what goes out and in, R the rank of LoRA.
 
@@ -34,29 +34,17 @@ What backward needs. With g = dL/dy (N, O) the chain rule gives
                   only the LoRA branch asks for it. W is no argument of the function but a buffer reached through the
                   layer, so autograd cannot even try to form dL/dW.
 
-With `--bits 8` W is stored as int8, and y = x W^T is LLM.int8(): see quant/int8.py, and `LinearInt8` below. x becomes
-int8 too, its outlier columns apart. Rounding has no derivative, so backward is that of the 16-bit product, dL/dx = g W
-with the dequantised W, as in bitsandbytes.
+With `--bits 8` W is stored as int8, and y = x W^T is LLM.int8(): see quant/int8.py. x becomes int8 too, its outlier
+columns apart. Rounding has no derivative, so backward is that of the 16-bit product, dL/dx = g W with the dequantised
+W, as in bitsandbytes.
 
 In bitsandbytes the same is `bnb.nn.Linear4bit` and `MatMul4Bit` in autograd/_functions.py; there, quantising is a side
-effect of `.to(device)`. Here it is an explicit call, `quantise_linear`, and `.to()` only moves.
+effect of `.to(device)`. Here it is an explicit call, quant/quantise.py, and `.to()` only moves.
 """
 
-import logging
-
+import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
-
-# On CPUs with avx512_bf16, bitsandbytes logs that an optional kernel package is missing, at import; it is not
-# used here.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-import bitsandbytes.functional as bnb  # noqa: E402
-
-from quant import int8  # noqa: E402
-
-BITS = (4, 8, 16)  # what `quantise_linear` and `train.py --bits` take
 
 
 class FrozenLinearFunction(torch.autograd.Function):
@@ -70,10 +58,8 @@ class FrozenLinearFunction(torch.autograd.Function):
         y = linear.multiply(x)  # (N, O)
         ctx.linear, ctx.scaling = linear, scaling
         if lora_A is not None:
-            lora_A, lora_B = (
-                lora_A.to(x.dtype),
-                lora_B.to(x.dtype),
-            )  # float32 parameters, multiplied in the compute dtype
+            # float32 parameters, multiplied in the compute dtype
+            lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
             z = x_lora @ lora_A.T  # (N, R)
             y.addmm_(z, lora_B.T, alpha=scaling)
             ctx.save_for_backward(x_lora, z, lora_A, lora_B)
@@ -171,86 +157,3 @@ class LinearNF4(FrozenLinear):
         super()._apply(fn, recurse)
         self.state.to(self.packed.device)
         return self
-
-
-def integer_product(codes: Tensor, weight: Tensor) -> Tensor:
-    """codes weight^T in int32, exact.  (N, I) int8, (O, I) int8 -> (N, O) int32"""
-    outputs, odd_o, odd_i = len(weight), -len(weight) % 4, -weight.shape[1] % 4
-    if weight.is_cuda and (odd_o or odd_i):  # cuBLASLt multiplies int8 in fours
-        codes = pad(codes, (0, odd_i))
-        weight = pad(weight, (0, odd_i, 0, odd_o))
-    return bnb.int8_linear_matmul(codes, weight)[:, :outputs]
-
-
-class LinearInt8(FrozenLinear):
-    """The 8-bit linear, LLM.int8(): `weight` (O, I) int8 codes, `scale` (O,) float32, both from quant.int8.quantise.
-
-    Columns of x with any |x| >= `threshold` are multiplied in the dtype of x; 0 for none.
-    Raises ValueError for other dtypes, here or of x, and for a threshold below 0.
-    """
-
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None, threshold: float = 6.0):
-        super().__init__(*weight.shape, bias)
-        if (weight.dtype, scale.dtype) != (torch.int8, torch.float32):
-            raise ValueError(f"an int8 linear needs int8 codes and a float32 scale, got {weight.dtype}, {scale.dtype}")
-        if not threshold >= 0:
-            raise ValueError(f"the outlier threshold must be 0 (none) or greater, got {threshold}")
-        self.threshold = threshold or float("inf")
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-
-    def check(self, x: Tensor) -> None:
-        if x.dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"an int8 linear computes in bfloat16 or float32, got {x.dtype}")
-
-    def multiply(self, x: Tensor) -> Tensor:
-        self.check(x)
-        codes, scale, outliers = int8.quantise(x, self.threshold)  # (N, I), (N,), (K,)
-        y = integer_product(codes, self.weight)  # (N, O) int32
-        y = (y * scale[:, None]).mul_(self.scale)  # float32
-        if self.bias is not None:
-            y += self.bias_in(x.dtype)
-        y = y.to(x.dtype)
-        if k := len(outliers):
-            weight = int8.dequantise(self.weight[:, outliers], self.scale, x.dtype)  # (O, K)
-            # oneDNN keeps a kernel of about a MiB for every K that it meets, a thousand of them: zeros make few of many
-            rest = (0, (1 << (k - 1).bit_length()) - k)
-            y.addmm_(pad(x[:, outliers], rest), pad(weight, rest).T)
-        return y
-
-    def dequantise(self, dtype: torch.dtype) -> Tensor:
-        return int8.dequantise(self.weight, self.scale, dtype)  # (O, I)
-
-    def stored_bytes(self) -> int:
-        return sum(b.nbytes for b in self.buffers())
-
-    def _apply(self, fn, recurse=True):
-        scale = self.scale
-        super()._apply(fn, recurse)
-        self.scale = scale.to(self.weight.device)  # `.to(torch.bfloat16)` must not round it
-        return self
-
-
-def quantise_linear(
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    bits: int = 4,
-    dtype: torch.dtype = torch.bfloat16,
-    blocksize: int = 64,
-    double_quant: bool = True,
-    outlier_threshold: float = 6.0,
-) -> FrozenLinear:
-    """The one place where a linear is quantised: (O, I) float -> a FrozenLinear on the same device.
-
-    `bits` 4: NF4 of the weight as given; 8: int8, a scale a row; 16: no quantisation, kept in `dtype`. `blocksize` and
-    `double_quant` are for 4 bits, `outlier_threshold` for 8.
-    Raises ValueError for other `bits` and for a weight with NaN or infinity.
-    """
-    if bits not in BITS:
-        raise ValueError(f"bits must be one of {BITS}, got {bits}")
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight holds NaN or infinity")
-    if bits == 8:
-        return LinearInt8(*int8.quantise_weight(weight, weight.device), bias, outlier_threshold)
-    return Linear16(weight.to(dtype), bias) if bits == 16 else LinearNF4(weight, bias, blocksize, double_quant)

@@ -1,6 +1,6 @@
 """NF4, the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, arXiv 2305.14314), in plain PyTorch: the reference.
 
-    python -m pytest tests/test_nf4.py        # holds it equal to bitsandbytes, bit for bit
+    python -m pytest tests/quant/test_nf4.py        # holds it equal to bitsandbytes, bit for bit
 
 A weight matrix is read row by row as one long line of numbers and cut into blocks of 64. For each block:
 
@@ -20,7 +20,7 @@ values of a signed dynamic map (dense near 0, Dettmers 2015, arXiv 1511.04561). 
 4.127 bits.
 
 Everything is computed in float32, whatever the dtype of the weight; a cast to the compute dtype comes last.
-`quant/linear.py` does not run this file: it calls bitsandbytes' kernels, and tests/test_nf4.py shows that both agree,
+`quant/linear.py` does not run this file: it calls bitsandbytes' kernels, and tests/quant/test_nf4.py shows that both agree,
 on a CPU in every bit, on CUDA up to values that lie on the border of two codes.
 """
 

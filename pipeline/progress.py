@@ -1,0 +1,125 @@
+"""How far a run is: its counts, the lines of metrics.jsonl, the bar, and what is said when a step or a check ends."""
+
+import math
+import sys
+import time
+from typing import Iterator, TypeVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pipeline.checkpoint import TrainingRun
+from pipeline.models import memory_report, peak_memory
+from pricing.data.prompt import Example
+from pricing.evaluation.console import show_example
+
+BAD_STEPS = 10  # in a row, without a finite loss: the run ends
+T = TypeVar("T")
+
+
+def one_behind(started: Iterator[T]) -> Iterator[T]:
+    """Each item once the next one has been started: what is queued on a GPU is read while the next runs."""
+    earlier = None
+    for item in started:
+        if earlier is not None:
+            yield earlier
+        earlier = item
+    if earlier is not None:
+        yield earlier
+
+
+def print_setup(
+    run: TrainingRun, tokenizer, examples: list[Example], first: Example, loss, total: int, loaded: str, path: str,
+    reasons: list[str],
+) -> None:  # fmt: skip
+    """The truth, before anything is trained: which path runs, what lies where in memory, and the first item as it is
+    learnt."""
+    args, model = run.args, run.model
+    print(
+        f"model      {args.model} ({run.directory}) on {model.device}, {args.bits} bits, "
+        f"computing in {str(model.compute_dtype).removeprefix('torch.')}; {loaded}"
+    )
+    print(f"path       {path}")
+    print(memory_report(model, run.price_head))
+    for reason in reasons:
+        print(f"memory     {reason}")
+    lengths = [len(e.prompt) + len(e.answer) for e in examples]
+    print(
+        f"tokens     {sum(lengths):,} an epoch, {np.mean(lengths):.0f} an item, "
+        f"of which {np.mean([loss.learnt(e) for e in examples]):.1f} carry the loss"
+    )
+    if cut := sum(e.cut for e in examples):
+        print(f"           {cut:,} texts are longer than --max-tokens {args.max_tokens} and were cut")
+    print(
+        f"steps      {total:,} of {args.batch_tokens * args.accumulate:,} tokens at a peak rate of {args.lr:g}; "
+        "first item, what is learnt in colour:"
+    )
+    print(show_example(first, tokenizer, loss.learnt(first)), flush=True)
+
+
+class Progress:
+    """`counts` (step, seconds, tokens) and `metrics`, a dict a line, of a run of `total` steps."""
+
+    def __init__(self, total: int, device: torch.device, log_every: int, counts: dict | None, metrics: list[dict]):
+        self.total, self.device, self.log_every = total, device, log_every
+        self.counts = counts or {"step": 0, "seconds": 0.0, "tokens": 0}
+        self.metrics, self.bad_steps, self.note = metrics, 0, ""
+        self.began = time.perf_counter() - self.seconds
+        self.bar = tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True)
+
+    @property
+    def step(self) -> int:
+        return self.counts["step"]
+
+    @property
+    def seconds(self) -> float:
+        return self.counts["seconds"]
+
+    @property
+    def tokens(self) -> int:
+        return self.counts["tokens"]
+
+    @property
+    def checks(self) -> list[tuple[float, int]]:
+        """(dollars of validation error, step), in order"""
+        return [(m["val_mae_dollars"], m["step"]) for m in self.metrics if "val_mae_dollars" in m]
+
+    def elapsed(self) -> float:
+        """Seconds since the run began, those before it was resumed included"""
+        return time.perf_counter() - self.began
+
+    def stop_clock(self) -> None:
+        self.counts["seconds"] = self.elapsed()
+
+    def report(self, step: int, rate: float, tokens: int, loss: float, norm: float, seconds: float) -> None:
+        """Write down what a step gave. Raises ValueError where nothing has been finite for BAD_STEPS steps."""
+        self.counts.update(step=step, seconds=self.elapsed(), tokens=self.tokens + tokens)
+        finite, memory = math.isfinite(loss) and math.isfinite(norm), peak_memory(self.device)
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+        if not finite:  # the step has left the weights as they were
+            tqdm.write(f"step {step}: loss {loss}, gradient {norm}: not finite, left out", file=sys.stderr)
+            if self.bad_steps == BAD_STEPS:
+                raise ValueError("ten steps in a row without a finite loss: lower --lr, or check the data")
+        if step % self.log_every == 0 or step == self.total:
+            self.metrics.append({
+                "step": step, "loss": round(loss, 5) if finite else None, "lr": rate,
+                "grad_norm": round(norm, 4) if finite else None, "tokens": tokens,
+                "tokens_per_second": round(tokens / seconds, 1), "peak_memory_gib": round(memory, 3),
+            })  # fmt: skip
+        speed = f"{tokens / seconds:,.0f} tokens/s, {memory:.2f} GiB"
+        self.bar.set_postfix_str(f"loss {loss:.3f}{self.note}, {speed}", refresh=False)
+        self.bar.update()
+
+    def check(self, error: float, items: int) -> bool:
+        """Note the validation error of the weights of now. Are they the best so far?"""
+        self.metrics.append({"step": self.step, "val_mae_dollars": error})
+        self.note = f", off by ${error:.2f} on {items} validation items"
+        return min(self.checks)[1] == self.step
+
+    def summary(self) -> str:
+        return f"{self.seconds:,.0f} s, {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s over all"
+
+    def since_best(self) -> int:
+        """Checks since the best one"""
+        return len(self.checks) - 1 - self.checks.index(min(self.checks))
