@@ -52,7 +52,14 @@ from pricing.data.prompt import Example, encode_items, load_prompt
 from pricing.data.sources import load_items
 from pricing.distribution.decode import PriceTree
 from pricing.distribution.loss import AnswerLoss
-from pricing.distribution.quantile_head import Head, JointLoss, joint_head, joint_numbers, load_head, save_head
+from pricing.distribution.quantile_head import (
+    JointLoss,
+    PriceHead,
+    load_head,
+    new_price_head,
+    price_head_parameters,
+    save_head,
+)
 from pricing.evaluation.console import show_example
 
 SIZED = 64  # prompts at most whose states say how large what the head reads is
@@ -73,13 +80,13 @@ def learning_rate(progress: float, peak: float, schedule: str, warmup: float) ->
     return peak * {"cosine": 0.5 * (1 + math.cos(math.pi * rest)), "linear": 1 - rest, "constant": 1.0}[schedule]
 
 
-def new_head(model: Llama, examples: list[Example], batch_tokens: int) -> Head:
+def new_head(model: Llama, examples: list[Example], batch_tokens: int) -> PriceHead:
     """A price head for the last token's state, to be trained with the adapter. Some prompts' states tell how large what
     it reads is; the last norm's weights do not (in Gemma they are 54, the states 3.5)."""
     settings = {"states": "tuned", "blocks": [len(model.layers)], "mean": False, "joint": True}
     states = last_states(model, [e.prompt for e in examples[:: len(examples) // SIZED + 1]], batch_tokens)
     size, prices = float(np.sqrt(np.square(states).mean())), np.array([e.price for e in examples])
-    return joint_head(prices, model.config.hidden_size, size, settings, model.device)
+    return new_price_head(prices, model.config.hidden_size, size, settings, model.device)
 
 
 def main() -> None:
@@ -141,9 +148,7 @@ def train(args: argparse.Namespace, settled: dict | None = None) -> None:
     templates = with_neighbours(train_items, prompt, index, args.neighbours)
     examples = encode_items(train_items, tokenizer, args.max_tokens, templates)
     tree = PriceTree.build(tokenizer.encode_answer)
-    loss = AnswerLoss(
-        args.loss, tree, args.soft_width, device, crps_weight=args.crps_weight, crps_scale=args.crps_scale
-    )
+    loss = AnswerLoss(args.loss, tree, args.soft_width, device)
     shape = shape_of(examples, args.batch_tokens)
     if shape.longest > (known := config.max_position_embeddings):
         raise ValueError(f"{args.model} knows {known:,} positions, an item has {shape.longest:,}; lower --max-tokens")
@@ -156,7 +161,7 @@ def train(args: argparse.Namespace, settled: dict | None = None) -> None:
         plan, reasons = plan_for(
             config, shape, device, args.memory_budget, args.optimiser, settled, bits=args.bits, dtype=dtype,
             rank=args.rank, targets=args.targets, blocksize=args.blocksize, double_quant=args.double_quant,
-            head_numbers=joint_numbers(config.hidden_size) if args.head == "quantile" else 0,
+            head_numbers=price_head_parameters(config.hidden_size) if args.head == "quantile" else 0,
         )  # fmt: skip
     model = load_base(config, tokenizer, directory, device, dtype, args, plan)
     if args.resume:
@@ -170,8 +175,6 @@ def train(args: argparse.Namespace, settled: dict | None = None) -> None:
             head = load_head(out).to(device).requires_grad_(True)
         else:
             head = new_head(model, examples, args.batch_tokens)
-        if not head.settings.get("joint"):
-            raise ValueError(f"{out}: its head was trained after the run, which cannot go on with it")
         loss = JointLoss(loss, head, args.head_weight, shape.items)
     factors = FlatFactors(lora_layers(model), list(head.parameters()) if head else [])
     optimiser = make_optimiser(plan.optimiser, factors.parameter, args.lr, args.weight_decay)

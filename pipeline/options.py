@@ -10,7 +10,6 @@ import sys
 from lora.optim import OPTIMISERS
 from pipeline.hub import NAMES
 from pipeline.models import DTYPES
-from pricing.distribution.crps import CRPS_SCALES
 from pricing.distribution.loss import LOSSES
 from quant.linear import BITS
 
@@ -76,7 +75,7 @@ def check(parser, args: argparse.Namespace, argv: list[str]) -> None:
     given = {word.split("=")[0] for word in argv if word.startswith("--")}
     if args.resume and (others := given - {"--resume", "--out", "--device"}):
         parser.error(f"--resume goes on with the options of the first start; leave out {', '.join(sorted(others))}")
-    above_zero = ("epochs", "lr", "clip", "soft_width", "crps_weight", "head_weight", "max_minutes", "max_steps")
+    above_zero = ("epochs", "lr", "clip", "soft_width", "head_weight", "max_minutes", "max_steps")
     for name in (*above_zero, "val_every", "save_every", "patience", "train_items"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
@@ -129,23 +128,13 @@ def add_loss(parser) -> None:
         "--loss",
         default="answer",
         choices=LOSSES,
-        help="answer: plain cross-entropy; price: without the .00; crps: price and the CRPS of its distribution; "
-        "soft: near prices count as nearly right",
+        help="answer: plain cross-entropy; price: without the .00; soft: near prices count as nearly right",
     )
     group.add_argument(
         "--soft-width",
         type=float,
         default=0.1,
         help="relative width of the soft loss's neighbourhood of the true price",
-    )
-    group.add_argument(
-        "--crps-weight",
-        type=float,
-        default=1.0,
-        help="nats for each unit of an item's CRPS (see --crps-scale; in dollars it is some 100 times larger)",
-    )
-    group.add_argument(
-        "--crps-scale", default="log", choices=CRPS_SCALES, help="unit of the CRPS: ln price, or dollars"
     )
     group.add_argument(
         "--head", default="quantile", choices=["none", "quantile"],

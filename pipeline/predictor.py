@@ -29,7 +29,7 @@ from pricing.data.neighbours import INDEX, Index, with_neighbours
 from pricing.data.prompt import Example, encode_items
 from pricing.distribution.decode import PRUNE, PriceTree, price_distribution
 from pricing.distribution.intervals import LEVELS, MIDDLE, in_dollars, log_quantiles
-from pricing.distribution.quantile_head import FILE, Head, load_head
+from pricing.distribution.quantile_head import FILE, PriceHead, load_head
 
 COMPLETE = "state/complete"  # a file in a checkpoint whose run has come to its end: nothing is left to resume
 HELD = "validation.safetensors"  # a run's own forecasts of its validation items
@@ -75,7 +75,7 @@ def tree_functions(model: Llama, prompts: list[list[int]]) -> tuple[Callable, Ca
 
 
 def forecast(
-    model: Llama, tree: PriceTree, prompts: list[list[int]], head: Head | None = None, *,
+    model: Llama, tree: PriceTree, prompts: list[list[int]], head: PriceHead | None = None, *,
     batch_tokens: int | None = None, prune: float = PRUNE, on_batch=None,
 ) -> Forecast:  # fmt: skip
     """Of every prompt, in order; batched by length. `on_batch(indices, Forecast)` sees each batch as it comes."""
@@ -240,7 +240,7 @@ def test_prompts(run: Run, count: int | None = None) -> list[list[int]]:
     return run.prompts(sample([item for item in run_items(run.about) if item.split == "test"], count))
 
 
-def open_head(ckpt: str | Path) -> Head:
+def open_head(ckpt: str | Path) -> PriceHead:
     """The head of a checkpoint. Raises ValueError where there is none, or where it was trained beside other weights."""
     head = load_head(ckpt)
     if head.settings.get("adapter") != adapter_digest(ckpt):
