@@ -4,8 +4,7 @@
     python -m benchmarks.ablation --rows benchmarks/final.json --data pc-parts --epochs 10 --split test --out final/
 
 Options of train.py on the command line are all rows' own (benchmarks/README.md names the recipe's). A row is a name and
-further options, which take precedence; behind the word `head` those of pricing.head, which is then trained
-afterwards; behind the word `evaluate` those of evaluate.py:
+further options, which take precedence; behind the word `evaluate` stand those of evaluate.py:
 `{"plain": [], "three epochs": ["--epochs", "3"], "its mean": ["--epochs", "3", "evaluate", "--decode", "mean"]}`. Rows
 that only decode otherwise share one training. The differences to the first row are paired, item by item, with
 their 95 % interval. Written after every row: a run cut short keeps what it measured.
@@ -32,11 +31,10 @@ from pricing.evaluation.metrics import paired_difference
 from pricing.evaluation.report import paired_errors
 
 
-def options_of(row: list[str]) -> tuple[list[str], list[str] | None, list[str]]:
-    """(options of train.py, of pricing.head or None, of evaluate.py)"""
+def options_of(row: list[str]) -> tuple[list[str], list[str]]:
+    """(options of train.py, of evaluate.py)"""
     at = row.index("evaluate") if "evaluate" in row else len(row)
-    begins = row.index("head") if "head" in row[:at] else at
-    return row[:begins], row[begins + 1 : at] if begins < at else None, row[at + 1 :]
+    return row[:at], row[at + 1 :]
 
 
 def run(*arguments: str, gpu: str | None = None) -> float:
@@ -56,12 +54,10 @@ def gpu_of(number: int) -> str | None:
     return (visible[number % gpus] if len(visible) == gpus else str(number % gpus)) if gpus else None
 
 
-def measure(out: Path, training: list[str], head: tuple | None, rows: dict, split: str, gpu: str | None, done):
+def measure(out: Path, training: list[str], rows: dict, split: str, gpu: str | None, done):
     """Train once, price for each of `rows`; `done(name, what was measured)` after each."""
     try:
         seconds = run("train.py", *training, "--out", out, gpu=gpu)
-        if head is not None:
-            seconds += run("-m", "pricing.head", "--ckpt", out, *head, gpu=gpu)
     except ValueError as error:
         for name in rows:
             done(name, {"failed": str(error)})
@@ -69,7 +65,7 @@ def measure(out: Path, training: list[str], head: tuple | None, rows: dict, spli
     for name, row in rows.items():
         try:
             run(
-                "evaluate.py", "--ckpt", out, "--quiet", "--no-untuned", "--split", split, *options_of(row)[2], gpu=gpu
+                "evaluate.py", "--ckpt", out, "--quiet", "--no-untuned", "--split", split, *options_of(row)[1], gpu=gpu
             )  # fmt: skip
             shutil.copytree(out / ("report" if split == "test" else "report_val"), report_of(out.parent, name))
             metrics = json.loads((report_of(out.parent, name) / "metrics.json").read_text())
@@ -107,8 +103,7 @@ def main() -> None:
         free.put(gpu_of(number))
     groups: dict[tuple, dict] = {}
     for name, row in rows.items():
-        training, head, _ = options_of(row)
-        groups.setdefault((tuple(training), None if head is None else tuple(head)), {})[name] = row
+        groups.setdefault(tuple(options_of(row)[0]), {})[name] = row
 
     def done(name: str, what: dict) -> None:
         with lock:
@@ -120,15 +115,15 @@ def main() -> None:
             (args.out / "table.json").write_text(json.dumps(measured, indent=1) + "\n")
             print(f"{name}: " + (f"${what['mae']:.2f}" if "mae" in what else what["failed"]), flush=True)
 
-    def work(number: int, training: tuple, head: tuple | None, group: dict) -> None:
+    def work(number: int, training: tuple, group: dict) -> None:
         gpu = free.get()
         try:
-            measure(args.out / f"run{number:02d}", [*common, *training], head, group, args.split, gpu, done)
+            measure(args.out / f"run{number:02d}", [*common, *training], group, args.split, gpu, done)
         finally:
             free.put(gpu)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        waiting = [pool.submit(work, number, *key, group) for number, (key, group) in enumerate(groups.items())]
+        waiting = [pool.submit(work, number, *parts) for number, parts in enumerate(groups.items())]
     for one in waiting:
         one.result()  # raises what a row did not expect
     show({name: measured[name] for name in rows if name in measured})

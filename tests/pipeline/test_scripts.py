@@ -84,7 +84,7 @@ def test_a_warm_up_that_never_ends_is_refused(warmup, capsys):
 def test_an_ablations_row_that_is_worse_stands_above_the_first(monkeypatch, tmp_path):
     from benchmarks import ablation
 
-    def measured(out, training, head, rows, split, gpu, done):
+    def measured(out, training, rows, split, gpu, done):
         for name, row in rows.items():
             report = ablation.report_of(out.parent, name)
             report.mkdir(parents=True)
@@ -136,7 +136,6 @@ def test_every_row_of_the_ablations_is_made_of_options_that_there_are(file):
     from benchmarks.ablation import options_of
 
     for name, row in json.loads(file.read_text()).items():
-        training, head, evaluating = options_of(row)
+        training, evaluating = options_of(row)
         training_options(training)
-        assert (head is None) == ("afterwards" not in name)
         assert not evaluating or evaluating[0] in ("--decode", "--baselines"), name
