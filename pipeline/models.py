@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fast.linears import Group, HostEmbedding, group_linears, kernels_missing
 from fast.plan import Plan, Recompute, free_memory
 from llama.config import LlamaConfig
+from llama.families import config_from_directory
 from llama.model import Llama
 from llama.tokenizer import Tokenizer
 from llama.weights import load_weights
@@ -73,7 +74,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def open_base(model_name: str) -> tuple[LlamaConfig, Tokenizer, Path]:
     """What is known before any weight is read."""
     directory = resolve_model(model_name)
-    tokenizer, config = Tokenizer.from_directory(directory), LlamaConfig.from_directory(directory)
+    tokenizer, config = Tokenizer.from_directory(directory), config_from_directory(directory)
     if tokenizer.vocab_size > config.vocab_size:
         sizes = f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {config.vocab_size}"
         raise ValueError(f"{directory}: {sizes}")

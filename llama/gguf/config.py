@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from llama.config import LlamaConfig
+from llama.families import config_from_dict
 from llama.rope import inverse_frequencies
 
 QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
@@ -100,7 +100,7 @@ def config_from_gguf(fields: dict, tensors: dict) -> dict:
         raise ValueError(f"a number for each layer is not supported, one for all of them is: {lists}") from None
     if "rope_freqs.weight" in tensors:
         config["rope_scaling"] = _llama31(_numbers(tensors["rope_freqs.weight"]), config)
-    LlamaConfig.from_dict(config)  # what cannot be run is refused before any weight is read
+    config_from_dict(config)  # what cannot be run is refused before any weight is read
     return config
 
 
@@ -143,9 +143,9 @@ def _llama31(divisors: torch.Tensor, config: dict) -> dict:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    plain = inverse_frequencies(LlamaConfig.from_dict(config))
+    plain = inverse_frequencies(config_from_dict(config))
     if not torch.allclose(
-        inverse_frequencies(LlamaConfig.from_dict(config | {"rope_scaling": scaling})), plain / divisors, rtol=1e-3
+        inverse_frequencies(config_from_dict(config | {"rope_scaling": scaling})), plain / divisors, rtol=1e-3
     ):
         raise ValueError("rope_freqs.weight is not Llama 3.1's scaling of an 8,192 token context")
     return scaling

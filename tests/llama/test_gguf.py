@@ -18,7 +18,7 @@ from test_spm import RUNS, STEERING, TEXTS, oracle_of, without_bos
 from test_spm import gemma as toy_gemma
 
 from llama.attention import Layout
-from llama.config import LlamaConfig
+from llama.families import config_from_dict, config_from_directory
 from llama.gguf import read as gguf
 from llama.gguf import tokenizer as gguf_tokenizer
 from llama.rope import inverse_frequencies
@@ -159,7 +159,7 @@ def test_each_family_is_what_it_was_made_from(name, tmp_path):
     write_gguf(tmp_path / "model.gguf", tmp_path / "model", config=STORED[name])
     gguf.convert(tmp_path / "model.gguf", tmp_path / "out")
     (tmp_path / "model" / "config.json").write_text(json.dumps(STORED[name]))
-    ours, theirs = (LlamaConfig.from_directory(tmp_path / name).__dict__ for name in ("out", "model"))
+    ours, theirs = (config_from_directory(tmp_path / name).__dict__ for name in ("out", "model"))
     for key in ours | theirs:
         near = key in ("rms_norm_eps", "attn_logit_softcapping", "final_logit_softcapping", "rope_scaling")
         assert near or ours[key] == theirs[key], key  # near: float32 in the file; the logits tell
@@ -194,7 +194,7 @@ def test_what_gemmas_files_do_not_say():
         assert caps == ((50.0, 30.0) if arch == "gemma2" else (None, None))  # what the loader knows, too
         listed = [True, False] * (layers // 2)  # as newer files have it
         config = gguf.config_from_gguf(fields | {f"{arch}.attention.sliding_window_pattern": listed}, {})
-        assert LlamaConfig.from_dict(config).windows == (1024, None) * (layers // 2)
+        assert config_from_dict(config).windows == (1024, None) * (layers // 2)
 
 
 # ---------------------------------------------------------------- each type, beside transformers' reading of the file
@@ -258,12 +258,12 @@ def test_llama_31_rope_is_read_off_its_divisors(tmp_path):
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope["original_max_position_embeddings"] = 8192
     plain = tiny_config(hidden_size=96, head_dim=64, rope_theta=500000.0)
-    scaled = inverse_frequencies(LlamaConfig.from_dict(plain | {"rope_scaling": rope}))
-    divisors = (inverse_frequencies(LlamaConfig.from_dict(plain)) / scaled).numpy()
+    scaled = inverse_frequencies(config_from_dict(plain | {"rope_scaling": rope}))
+    divisors = (inverse_frequencies(config_from_dict(plain)) / scaled).numpy()
     hugging_face_model(plain, tmp_path / "model")
     write_gguf(tmp_path / "a.gguf", tmp_path / "model", rope_freqs=divisors)
     gguf.convert(tmp_path / "a.gguf", tmp_path / "out")
-    torch.testing.assert_close(inverse_frequencies(LlamaConfig.from_directory(tmp_path / "out")), scaled)
+    torch.testing.assert_close(inverse_frequencies(config_from_directory(tmp_path / "out")), scaled)
     write_gguf(tmp_path / "b.gguf", tmp_path / "model", rope_freqs=divisors * np.linspace(1, 2, 32))
     with pytest.raises(ValueError, match="rope_freqs.weight is not Llama 3.1's"):
         gguf.convert(tmp_path / "b.gguf", tmp_path / "out2")

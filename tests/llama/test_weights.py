@@ -13,7 +13,7 @@ from conftest import hugging_face_model, our_model, tiny_config
 from safetensors.torch import load_file, save_file
 
 from llama.attention import Layout
-from llama.config import LlamaConfig
+from llama.families import config_from_directory
 from llama.model import Llama
 from llama.weights import load_weights
 from pipeline import hub
@@ -69,7 +69,7 @@ def test_truncated_shard_missing_shard_and_missing_files(tiny, tmp_path):
     with pytest.raises(ValueError, match="lacks|gone.safetensors is missing"):
         our_model(tiny[1])
     with pytest.raises(ValueError, match="config.json does not exist"):
-        LlamaConfig.from_directory(tmp_path)
+        config_from_directory(tmp_path)
 
 
 def test_shards_and_dtypes_give_the_same_model(tmp_path):
@@ -95,7 +95,7 @@ def test_no_more_than_one_linear_is_whole_at_a_time(tiny):
         return quantise_linear(weight, bias, bits=4)
 
     with torch.device("meta"):
-        model = Llama(LlamaConfig.from_directory(tiny[1]))
+        model = Llama(config_from_directory(tiny[1]))
     load_weights(model, tiny[1], "cpu", make)
     assert len(alive) == 14
     assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
