@@ -22,7 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from lora.adapter import PREFIX, read_split
+from lora.layer import PREFIX
+from lora.phi3 import read_split
 from pipeline.checkpoint import write_directory
 from quant.linear import quantise_linear
 
