@@ -1,6 +1,6 @@
 """Every family against transformers on tiny random configs: float32, CPU, no download.
 
-    python -m pytest tests/test_families.py
+    python -m pytest tests/llama/test_families.py
 
 Built to fail: fewer kv heads than heads, a q_proj that is not square, random norm weights, soft caps that bind, windows
 shorter than the sequences, sequences longer than the original context. `SWITCHES` turns each switch off once and asks
