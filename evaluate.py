@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.checkpoint import write_directory
-from pipeline.models import pick_device, pick_dtype, run_items, run_main
-from pipeline.options import Parser, add_batch_argument, add_model_arguments
+from common.cli import Parser, run_main
+from common.files import write_directory
+from pipeline.models import pick_device, pick_dtype, run_items
+from pipeline.options import add_batch_argument, add_model_arguments
 from pipeline.predictor import Run, forecast, tree_functions
 from pipeline.states import forward_tokens, without_adapter
 from pricing.curation.leaks import leaks

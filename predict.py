@@ -13,8 +13,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pipeline.models import pick_device, pick_dtype, run_main
-from pipeline.options import Parser, add_batch_argument, add_model_arguments
+from common.cli import Parser, run_main
+from pipeline.models import pick_device, pick_dtype
+from pipeline.options import add_batch_argument, add_model_arguments
 from pipeline.predictor import Run
 from pricing.data.items import Item, read_rows, read_text, text_of
 from pricing.distribution.intervals import SHARES, calibrated_range

@@ -22,13 +22,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.cli import run_main
+from common.files import check_writable, write_directory
 from fast.graph import Step
 from fast.plan import Plan, plan_for
 from llama.model import Llama
 from lora.adapter import load_adapter, save_adapter
 from lora.inject import inject, lora_layers
 from lora.optim import FlatFactors, make_optimiser
-from pipeline.checkpoint import check_writable, load_state, save_state, write_directory
+from pipeline.checkpoint import load_state, save_state
 from pipeline.models import (
     check_same_data,
     load_base,
@@ -39,7 +41,6 @@ from pipeline.models import (
     pick_dtype,
     published_name,
     read_run,
-    run_main,
     speed_up,
 )
 from pipeline.options import training_options

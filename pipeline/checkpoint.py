@@ -1,68 +1,18 @@
-"""Checkpoint directories that are whole or absent, and the optimiser's state without pickle.
+"""The optimiser's state on disk, without pickle: what a resumed run needs to go on as if it had never stopped.
 
-`state/` holds what a resumed run needs to go on as if it had never stopped: optimiser tensors, step, random numbers.
+    state/optimiser.safetensors     the optimiser's tensors and the random numbers' state
+    state/progress.json             how far the run is, and the optimiser's plain numbers
+
+train.py writes it into the checkpoint directory, which is whole or absent (common/files.py).
 """
 
 import json
-import os
-import shutil
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lora.optim import FlatFactors, initialise
-
-
-@contextmanager
-def write_directory(out: Path):
-    """Yields a temporary directory beside `out`; on success it is fsynced and takes `out`'s place, else it vanishes.
-
-    At every moment the old or the new directory is whole: the old one is moved aside, and put back on any failure.
-    """
-    out = Path(os.path.realpath(out))  # through a symbolic link, to where the files really lie
-    part = beside(out)
-    old = part.with_name(part.name.replace(".part-", ".old-"))
-    try:
-        part.chmod(0o755)
-        yield part
-        for path in [*part.rglob("*"), part]:
-            if path.is_file():
-                path.chmod(0o644)  # safetensors writes for the owner alone
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        if out.exists():
-            os.rename(out, old)
-        os.rename(part, out)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
-        if old.exists() and not out.exists():
-            os.rename(old, out)
-        if isinstance(error, SafetensorError) and "while serializing" in str(error):  # a full disk, say
-            raise OSError(f"{out} cannot be written: {error}") from None
-        raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def beside(out: Path) -> Path:
-    """A new temporary directory beside `out`. Raises OSError that names `out`."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{out.name}.part-", dir=out.parent))
-    except OSError as error:
-        raise OSError(f"{out} cannot be written: {error.strerror}") from None
-
-
-def check_writable(out: Path) -> None:
-    """Raises OSError or ValueError now, not after hours of training, where `write_directory(out)` could not work."""
-    if os.path.ismount(out):
-        raise ValueError(f"{out} is a mount point, which cannot be replaced; name a directory inside it")
-    os.rmdir(beside(Path(os.path.realpath(out))))
 
 
 def save_state(directory: Path, factors: FlatFactors, optimiser: torch.optim.Optimizer, progress: dict) -> None:

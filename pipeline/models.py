@@ -4,11 +4,8 @@
 
 import argparse
 import json
-import os
-import signal
 import sys
 from pathlib import Path
-from typing import Callable
 
 import torch
 from tqdm import tqdm
@@ -32,24 +29,6 @@ from quant.linear import BITS, FrozenLinear, quantise_linear
 OLDER = {"head": "none", "members": 1, "neighbours": 0, "train_items": None, "outlier_threshold": 6.0}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GIB = 1 << 30
-
-
-def run_main(main: Callable[[], None]) -> None:
-    """Run a script: what a user can mend ends in one line and exit code 2, without a traceback (DEBUG=1 shows it)."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped; nothing half-written is left behind", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if os.environ.get("DEBUG"):
-            raise
-        message = " ".join(str(error).split())
-        if isinstance(error, torch.OutOfMemoryError):
-            message = "out of GPU memory; lower --batch-tokens (with --accumulate to make up for it) or give a "
-            message += "--memory-budget: " + " ".join(str(error).split())[:160]
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
 
 
 def pick_device(name: str) -> torch.device:

@@ -7,19 +7,13 @@ import argparse
 import math
 import sys
 
+from common.cli import Parser
 from lora.optim import OPTIMISERS
 from pipeline.hub import NAMES
 from pipeline.models import DTYPES
 from pricing.distribution.crps import CRPS_SCALES
 from pricing.distribution.loss import LOSSES
 from quant.linear import BITS
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, whose errors are one line too"""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"error: {message} (--help says what there is)\n")
 
 
 def add_model_arguments(parser) -> None:

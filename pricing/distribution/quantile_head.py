@@ -348,6 +348,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from pipeline.models import run_main
+    from common.cli import run_main
 
     run_main(main)

@@ -1,6 +1,6 @@
 """GGUF files of every family: tiny ones made here as llama.cpp's converter makes them, converted, and compared.
 
-    python -m pytest tests/test_gguf.py
+    python -m pytest tests/llama/test_gguf.py
 
 The names come from the `gguf` package's own table, the numbers from transformers: the model that a file was made from,
 and its reading of the same file, of which it gets some settings wrong (`READ_RIGHT` has those that it gets right).
@@ -280,6 +280,17 @@ def test_damaged_gguf_leaves_nothing(gguf_file, tmp_path):
     assert set(tmp_path.iterdir()) == before
 
 
+def test_a_directory_with_something_in_it_is_not_replaced(gguf_file, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("")
+    with pytest.raises(ValueError, match="out exists; choose another name"):
+        gguf.convert(gguf_file, out)
+    (out / "mine").unlink()
+    gguf.convert(gguf_file, out)
+    assert (out / "config.json").is_file()
+
+
 def test_what_is_not_known_is_refused_in_a_line_that_names_it(gguf_file, tmp_path):
     import gguf as kinds
 
@@ -384,7 +395,8 @@ def test_gguf_refusals_of_the_llama_kind():
 
 def cached(name):
     """Skips unless the model lies in the cache already: up to a gigabyte to fetch, and several in float32"""
-    from pipeline.hub import CONVERSION, PACKAGED, cache_directory
+    from common.hub import cache_directory
+    from pipeline.hub import CONVERSION, PACKAGED
 
     directory = cache_directory() / f"{name}-{PACKAGED[name].sha256[:16]}-{CONVERSION}"
     if not directory.is_dir():
@@ -416,12 +428,12 @@ def test_packaged_models_are_transformers(name, said):
 def test_gemma3_270ms_tokenizer_is_the_librarys():
     import tokenizers as hf
 
-    from pipeline.hub import cache_directory
+    from common.hub import cache_directory
 
     directory = cached("gemma3-270m")
     file = cache_directory() / "tokenizers" / "gemma3" / "tokenizer.json"
     if not file.is_file():
-        pytest.skip(f"{file} is not there: the top of tests/test_real_tokenizers.py says where it comes from")
+        pytest.skip(f"{file} is not there: the top of tests/llama/test_real_tokenizers.py says where it comes from")
     data = json.loads(file.read_text("utf-8"))
     ours = Tokenizer.from_directory(directory)
     text = [t for t in data["added_tokens"] if not t["special"] and not spm.STEERING.fullmatch(t["content"])]
