@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.models import run_main
+from common.cli import run_main
 from pricing.evaluation.console import table
 from pricing.evaluation.metrics import paired_difference
 from pricing.evaluation.report import paired_errors

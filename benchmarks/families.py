@@ -36,13 +36,13 @@ from benchmarks.shapes import FAMILIES, PUBLISHED, SHAPES
 from benchmarks.train_speed import measure_alone, new_report, one_line, settings_of
 from benchmarks.workload import GIB, packing
 from fast.plan import Estimate, Plan
-from llama.config import LlamaConfig
+from llama.families import config_from_dict
 from pipeline.models import pick_device, pick_dtype
 
 
 def computed(settings: dict, dtype: torch.dtype) -> dict:
     """A row by formula: parameters, bytes of the quantised model, peak bytes of the training step"""
-    config = LlamaConfig.from_dict(SHAPES[settings["shape"]])
+    config = config_from_dict(SHAPES[settings["shape"]])
     _, shape = packing(argparse.Namespace(**settings), config.vocab_size)
     options = {"bits": settings["bits"], "rank": settings["rank"], "targets": ",".join(settings["targets"])}
     estimate = Estimate(config, shape, dtype=dtype, **options)

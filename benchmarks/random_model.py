@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from benchmarks.shapes import SHAPES
 from llama.config import LlamaConfig
+from llama.families import config_from_dict
 from llama.model import Llama
 from llama.tokenizer.bpe import LLAMA3
 from llama.weights import FUSED
@@ -73,7 +74,7 @@ def write(shape: str, out: Path, device: str, seed: int = 0) -> None:
     """A shard for each layer, one for the rest, and the index. Several shards at a time: one CPU core fills memory,
     let alone a disk, more slowly than a GPU draws numbers."""
     raw = SHAPES[shape]
-    config = LlamaConfig.from_dict(raw)
+    config = config_from_dict(raw)
     shards: dict[str, dict] = {}
     for name, size in tensors_of(config).items():
         shard = ".".join(name.split(".")[:2]) if name.startswith("layers.") else "rest"

@@ -1,1 +1,1 @@
-"""A minimal Llama: config, rope, attention, model, and what feeds it: weights, tokenizer, GGUF, hub."""
+"""A minimal Llama: config, rope, attention, model, and what feeds it: weights, tokenizer, GGUF."""

@@ -18,14 +18,16 @@ from llama.model import Llama
 
 MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]  # (O, I) weight, (O,) bias or None -> a layer
 # Phi-3's files hold one matrix where we have several: q, k, v one below the other, and gate above up. They are split,
-# so that LoRA's names are the field's; lora/adapter.py joins them again for PEFT.
+# so that LoRA's names are the field's; lora/phi3.py joins them again for PEFT.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 FLOATS = {"F32", "F16", "BF16"}
 
 
 class Checkpoint:
-    """The tensors of a directory by our own names, whichever shard each lies in. Raises ValueError with one clear
-    line."""
+    """The tensors of a directory by our own names, whichever shard each lies in.
+
+    Raises ValueError, in one line that names the file, where the index or a shard is missing or damaged.
+    """
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
@@ -69,7 +71,7 @@ class Checkpoint:
             ) from None
 
     def split_fused(self, expected: dict[str, torch.Size]) -> None:
-        """Let the names of the parts stand for rows of Phi-3's fused matrices"""
+        """Let the names of the parts stand for rows of Phi-3's fused matrices."""
         for fused in list(self.files):
             parent, _, kind = fused.removesuffix(".weight").rpartition(".")
             parts = [f"{parent}.{part}.weight" for part in FUSED.get(kind, ())]
@@ -83,7 +85,7 @@ class Checkpoint:
                 start = stop
 
     def check(self, expected: dict[str, torch.Size], tied: bool) -> None:
-        """Every expected tensor there with its shape and a float dtype, and none besides."""
+        """Raises ValueError unless all expected tensors are there, in their shapes and a float dtype, and no others."""
         missing = [name for name in expected if name not in self.files]
         unexpected = [name for name in self.files if name not in expected and not (tied and name == "lm_head.weight")]
         for names, what in ((missing, "lacks"), (unexpected, "holds the unknown tensor")):
@@ -107,7 +109,7 @@ class Checkpoint:
                 )
 
     def read(self, name: str, device: torch.device | str) -> Tensor:
-        """One tensor on the device, in the file's dtype; NaN or infinity is an error that names it."""
+        """One tensor on the device, in the file's dtype. Raises ValueError that names a tensor with NaN or infinity."""
         if name in self.rows:
             start, stop, _ = self.rows[name]
             tensor = self._slice(name)[start:stop].to(device)
@@ -147,8 +149,8 @@ def load_weights(
         setattr(model.get_submodule(parent), child, make_linear(weight, bias))
     for name, parameter in list(model.named_parameters()):
         parent, _, child = name.rpartition(".")
-        kept = torch.float32 if parameter.ndim == 1 else model.compute_dtype  # norms are vectors
-        tensor = checkpoint.read(name, "cpu" if name in on_host else device).to(kept)
+        dtype = torch.float32 if parameter.ndim == 1 else model.compute_dtype  # norms are vectors
+        tensor = checkpoint.read(name, "cpu" if name in on_host else device).to(dtype)
         if model.config.norm_offset and parameter.ndim == 1:
             tensor = tensor + 1  # in float32: bfloat16 would lose a small weight beside the 1
         if tensor.device.type == "cpu":

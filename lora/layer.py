@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+PREFIX = "base_model.model.model."  # PEFT's name of a layer is this and our name of it
+
 
 class LoRALinear(nn.Module):
     """A frozen linear plus a trainable low-rank product. (N, I) -> (N, O)

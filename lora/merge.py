@@ -6,31 +6,36 @@
 
 What is W? A run with `--bits 4` or `8` learnt beside the *dequantised* weight, quantisation error included. Merged into
 the original 16-bit weight the sum is another model; so each target is first quantised and dequantised as in training
-(on a CPU here: a run trained on CUDA may differ in the few values that quant/nf4.py tells of).
+(on a CPU here: a run trained on CUDA may differ in the few values that quant/nf4.py names).
 With `--bits 8` the run rounded its activations too (quant/int8.py), which the merged model does not.
 Phi-3's fused matrices are quantised part by part, as in training.
 Other tensors are rounded to bfloat16. The base is read and written shard by shard.
 """
 
-import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
+from typing import Iterator
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from lora.adapter import PREFIX, read_split
-from pipeline.checkpoint import write_directory
+from common.cli import make_parser, run_main
+from common.files import write_directory
+from lora.adapter import CONFIG, WEIGHTS
+from lora.layer import PREFIX
+from lora.phi3 import read_split
 from quant.linear import quantise_linear
 
 
 def merged_weight(
     weight, lora_A, lora_B, scaling: float, rows: list[int] | None, bits: int, blocksize: int, double_quant: bool
 ) -> torch.Tensor:
-    """(O, I) in any float dtype, A (R, I), B (O, R) -> (O, I) bfloat16; `rows` of each part that is quantised apart"""
+    """W' = W + scaling * B A: weight (O, I) in any float dtype, A (R, I), B (O, R) -> (O, I) bfloat16.
+
+    `rows` are those of each part that is quantised apart. Raises ValueError where the shapes do not fit.
+    """
     frozen = [
         quantise_linear(part, bits=bits, dtype=weight.dtype, blocksize=blocksize, double_quant=double_quant)
         for part in weight.split(rows or len(weight))
@@ -42,18 +47,35 @@ def merged_weight(
     return (whole + scaling * (lora_B.float() @ lora_A.float())).to(torch.bfloat16)
 
 
-def merge(ckpt: Path, base: Path, out: Path) -> int:
-    """Write `out`; returns the number of merged matrices. Raises ValueError where adapter and base do not fit."""
+def read_adapter(ckpt: Path) -> tuple[dict[str, torch.Tensor], dict, float, dict]:
+    """The factors by PEFT's names, how Phi-3's are made of blocks, the scaling, and how the base was quantised.
+
+    Raises ValueError where `ckpt` is no whole checkpoint.
+    """
     try:
         options = json.loads((ckpt / "run.json").read_text())["options"]
         quant = {key: options[key] for key in ("bits", "blocksize", "double_quant")}
-        config = json.loads((ckpt / "adapter_config.json").read_text())
+        config = json.loads((ckpt / CONFIG).read_text())
         scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
         # Blocks of a fused module have n times the rank and as much more alpha: the same scaling.
-        adapter = load_file(ckpt / "adapter_model.safetensors")
-        split = read_split(ckpt / "adapter_model.safetensors")
+        return load_file(ckpt / WEIGHTS), read_split(ckpt / WEIGHTS), scaling, quant
     except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{ckpt} is no whole checkpoint of train.py: {error}") from None
+
+
+def read_tensors(shard: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor, one at a time. Raises ValueError that names the file."""
+    try:
+        with safe_open(shard, framework="pt") as tensors:
+            for key in tensors.keys():
+                yield key, tensors.get_tensor(key)
+    except SafetensorError as error:
+        raise ValueError(f"{shard} is truncated or damaged: {error}") from None
+
+
+def merge(ckpt: Path, base: Path, out: Path) -> int:
+    """Write `out`; returns the number of merged matrices. Raises ValueError where adapter and base do not fit."""
+    adapter, split, scaling, quant = read_adapter(ckpt)
     if out.exists():
         raise ValueError(f"{out} exists; choose another name")
     shards = sorted(base.glob("*.safetensors"))
@@ -65,21 +87,17 @@ def merge(ckpt: Path, base: Path, out: Path) -> int:
             if file.is_file() and file.suffix in (".json", ".model"):
                 shutil.copy(file, part)
         for shard in shards:
-            with safe_open(shard, framework="pt") as tensors:
-                written = {}
-                for key in tensors.keys():
-                    weight = tensors.get_tensor(key)
+            written = {}
+            for key, weight in read_tensors(shard):
+                name = PREFIX + key.removeprefix("model.").removesuffix(".weight")
+                lora_A, lora_B = (adapter.pop(f"{name}.{factor}.weight", None) for factor in ("lora_A", "lora_B"))
+                if lora_A is None:
                     written[key] = weight.to(torch.bfloat16)
-                    name = PREFIX + key.removeprefix("model.").removesuffix(".weight")
-                    lora_A, lora_B = (
-                        adapter.pop(f"{name}.lora_A.weight", None),
-                        adapter.pop(f"{name}.lora_B.weight", None),
-                    )
-                    if lora_A is not None:
-                        rows = split.get(name.rpartition(".")[2], {}).get("rows")
-                        written[key] = merged_weight(weight, lora_A, lora_B, scaling, rows, **quant)
-                        merged += 1
-                save_file(written, part / shard.name, metadata={"format": "pt"})
+                    continue
+                rows = split.get(name.rpartition(".")[2], {}).get("rows")
+                written[key] = merged_weight(weight, lora_A, lora_B, scaling, rows, **quant)
+                merged += 1
+            save_file(written, part / shard.name, metadata={"format": "pt"})
         described = json.loads((part / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
         (part / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         if adapter:
@@ -87,18 +105,16 @@ def merge(ckpt: Path, base: Path, out: Path) -> int:
     return merged
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--ckpt", type=Path, default=Path("out"), help="the directory that train.py wrote (default: out)"
-    )
+def main() -> None:
+    parser = make_parser(__doc__, prog="python -m lora.merge")
+    parser.add_argument("--ckpt", type=Path, default=Path("out"), help="the directory that train.py wrote")
     parser.add_argument("--base", type=Path, required=True, help="directory of the base model (train.py prints it)")
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
     args = parser.parse_args()
-    try:
-        print(f"merged {merge(args.ckpt, args.base, args.out)} matrices into {args.out}")
-        if (args.ckpt / "members").is_dir() or (args.ckpt / "head.safetensors").is_file():
-            print("a price head and further members are no part of it: it answers in digits, as the first adapter does")
-    except (ValueError, OSError, SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    print(f"merged {merge(args.ckpt, args.base, args.out)} matrices into {args.out}")
+    if (args.ckpt / "members").is_dir() or (args.ckpt / "head.safetensors").is_file():
+        print("a price head and further members are no part of it: it answers in digits, as the first adapter does")
+
+
+if __name__ == "__main__":
+    run_main(main)

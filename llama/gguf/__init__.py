@@ -1,1 +1,1 @@
-"""GGUF files: read into a Hugging Face style directory (read.py; config.py and tokenizer.py are its parts)."""
+"""llama.cpp's GGUF files -> Hugging Face style directories: read.py, with config.py and tokenizer.py for its parts."""

@@ -1,17 +1,20 @@
-"""`python -m llama.gguf model.gguf out_dir/`: GGUF to a Hugging Face style directory."""
+"""GGUF to a Hugging Face style directory.
 
-import argparse
-import sys
+    python -m llama.gguf model.gguf out_dir/
+"""
 
-from llama.gguf.read import convert
+from common.cli import make_parser, run_main
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="GGUF to a Hugging Face style directory")
+
+def main() -> None:
+    parser = make_parser(__doc__, prog="python -m llama.gguf")
     parser.add_argument("gguf", help="the .gguf file")
     parser.add_argument("out", help="the directory to write; must not exist")
-    arguments = parser.parse_args()
-    try:
-        convert(arguments.gguf, arguments.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    args = parser.parse_args()
+    from llama.gguf.read import convert  # imports torch: --help needs none
+
+    convert(args.gguf, args.out)
+
+
+if __name__ == "__main__":
+    run_main(main)

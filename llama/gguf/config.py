@@ -1,7 +1,7 @@
-"""What a GGUF file says about the network -> config.json. llama/gguf.py converts the rest.
+"""What a GGUF file says about the network -> config.json. read.py converts the rest.
 
-An architecture of llama.cpp is a row of `ARCHITECTURES`; what its loader knows by heart, and files
-therefore do not hold, stands here too.
+An architecture of llama.cpp is a row of `ARCHITECTURES`. Its loader has constants in its code that the files therefore
+do not hold; they are here too.
 """
 
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from llama.config import LlamaConfig
+from llama.families import config_from_dict
 from llama.rope import inverse_frequencies
 
 QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
@@ -22,7 +22,7 @@ GEMMA_NORMS = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """What `general.architecture` means: `model_type` in config.json, transformers' class, names beyond BLOCK"""
+    """What `general.architecture` means: `model_type` in config.json, transformers' class, names that BLOCK lacks."""
 
     model_type: str
     causal_lm: str
@@ -48,6 +48,7 @@ SOFT_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  #
 
 
 def architecture_of(fields: dict) -> Architecture:
+    """Raises ValueError that names an architecture which is not in the table."""
     kind = fields.get("general.architecture")
     if kind not in ARCHITECTURES:
         raise ValueError(f"architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
@@ -95,12 +96,12 @@ def config_from_gguf(fields: dict, tensors: dict) -> dict:
             config |= _phi3(given, tensors)
     except KeyError as missing:
         raise ValueError(f"metadata lacks {prefix}{missing.args[0]}") from None
-    except TypeError:  # as of models that were pruned, or whose layers differ
+    except TypeError:  # in files of models that were pruned, or whose layers differ
         lists = ", ".join(prefix + key for key, value in given.items() if isinstance(value, list))
         raise ValueError(f"a number for each layer is not supported, one for all of them is: {lists}") from None
     if "rope_freqs.weight" in tensors:
         config["rope_scaling"] = _llama31(_numbers(tensors["rope_freqs.weight"]), config)
-    LlamaConfig.from_dict(config)  # what cannot be run is refused before any weight is read
+    config_from_dict(config)  # what cannot be run is refused before any weight is read
     return config
 
 
@@ -109,7 +110,7 @@ def _numbers(tensor) -> torch.Tensor:
 
 
 def _gemma(architecture: Architecture, given: dict, config: dict) -> dict:
-    """Constants from llama.cpp's loader, where the file does not have them"""
+    """Gemma's keys of config.json, with llama.cpp's constants where the file does not have them."""
     wide = config["num_hidden_layers"] == architecture.gemma_27b
     scalar = config["hidden_size"] // config["num_attention_heads"] if wide else config["head_dim"]
     second = architecture.model_type == "gemma2"
@@ -125,6 +126,7 @@ def _gemma(architecture: Architecture, given: dict, config: dict) -> dict:
 
 
 def _phi3(given: dict, tensors: dict) -> dict:
+    """LongRoPE's two lists of factors, which are tensors in a GGUF file; nothing where it has none."""
     if "rope_factors_long.weight" not in tensors:
         return {}
     rope = {f"{name}_factor": _numbers(tensors[f"rope_factors_{name}.weight"]).tolist() for name in ("short", "long")}
@@ -135,7 +137,7 @@ def _phi3(given: dict, tensors: dict) -> dict:
 
 
 def _llama31(divisors: torch.Tensor, config: dict) -> dict:
-    """Llama 3.1's five numbers, if its divisors are what they give"""
+    """Llama 3.1's five numbers of `rope_scaling`. Raises ValueError where they do not give the file's divisors."""
     scaling = {
         "rope_type": "llama3",
         "factor": float(divisors.max()),
@@ -143,9 +145,9 @@ def _llama31(divisors: torch.Tensor, config: dict) -> dict:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    plain = inverse_frequencies(LlamaConfig.from_dict(config))
+    plain = inverse_frequencies(config_from_dict(config))
     if not torch.allclose(
-        inverse_frequencies(LlamaConfig.from_dict(config | {"rope_scaling": scaling})), plain / divisors, rtol=1e-3
+        inverse_frequencies(config_from_dict(config | {"rope_scaling": scaling})), plain / divisors, rtol=1e-3
     ):
         raise ValueError("rope_freqs.weight is not Llama 3.1's scaling of an 8,192 token context")
     return scaling

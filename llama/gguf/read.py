@@ -3,7 +3,7 @@
     python -m llama.gguf model.gguf out_dir/
 
 The `gguf` package parses the file and undoes its quantisation, exactly, to float32. What else differs from Hugging
-Face's depends on the architecture (gguf_config.py):
+Face's depends on the architecture (config.py):
 
     names     blk.0.attn_q -> model.layers.0.self_attn.q_proj, in the tables below
     order     for `llama` (Mistral's too), the rows of q and k are stored for interleaved rotary pairs (rope.py);
@@ -14,8 +14,6 @@ Face's depends on the architecture (gguf_config.py):
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from common.files import write_directory
 from llama.gguf.config import Architecture, architecture_of, config_from_gguf
 from llama.gguf.tokenizer import write_tokenizer
 
@@ -61,7 +60,10 @@ def split_halves(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_weights(tensors: list, architecture: Architecture, config: dict, directory: Path) -> None:
-    """Dequantise, rename, permute and write shard by shard, with an index."""
+    """Dequantise, rename, permute and write shard by shard, with an index where there are several.
+
+    `tensors` are the reader's. Raises ValueError that names a tensor whose type or name is not known.
+    """
     weight_map, shard, size, shards = {}, {}, 0, 0
 
     def flush():
@@ -108,15 +110,19 @@ def write_weights(tensors: list, architecture: Architecture, config: dict, direc
 
 
 def convert(path: str | Path, out: str | Path) -> None:
-    """Write the directory under a temporary name and rename it when whole. Raises ValueError that names the file."""
+    """Write the directory `out`, whole or not at all.
+
+    Raises ValueError that names the file which is missing, damaged or of a model that is not supported, or `out` where
+    it exists with something in it; OSError that names `out` where it cannot be written.
+    """
     from gguf import GGUFReader  # slow to import, and only needed here
 
     path, out = Path(path), Path(out)
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists; choose another name")
+    with write_directory(out) as part:
         try:
             reader = GGUFReader(path)
             fields = {key: field.contents() for key, field in reader.fields.items()}
@@ -126,9 +132,3 @@ def convert(path: str | Path, out: str | Path) -> None:
         except (ValueError, IndexError, KeyError) as error:  # the reader runs off the end of a truncated file
             raise ValueError(f"{path} is no readable GGUF of a supported model, or is cut short: {error}") from None
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for file in part.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        os.rename(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -3,7 +3,7 @@
     model gpt2     tokens, merges and the name of a pattern -> tokenizer.json (Llama 3, Qwen, SmolLM2)
     model llama    tokens, scores and types -> tokenizer.model (Llama 2, Mistral, Gemma, Phi-3)
 
-and tokenizer_config.json for BOS and EOS. llama/gguf.py calls `write_tokenizer`.
+and tokenizer_config.json for BOS and EOS. read.py calls `write_tokenizer`.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Byte-level BPE (Llama 3, Qwen, SmolLM2, GPT-2) on tiktoken; llama/tokenizer.py reads the files.
+"""Byte-level BPE (Llama 3, Qwen, SmolLM2, GPT-2) on tiktoken; __init__.py reads the files.
 
 Byte-level BPE has three steps. (1) A regular expression cuts the text into pieces, roughly words; no token crosses a
 cut. (2) A piece becomes its UTF-8 bytes, one symbol each. (3) Of all neighbours with a merge, the pair of lowest rank

@@ -2,14 +2,14 @@
 
     tokenizer.model    as it is
     tokenizer.json     BPE over characters with `byte_fallback`: vocabulary and merges -> `from_json`
-    GGUF               tokens, scores and types -> `model_proto`, which llama/gguf.py writes as a tokenizer.model
+    GGUF               tokens, scores and types -> `model_proto`, which llama/gguf/ writes as a tokenizer.model
 
 Text becomes characters, a space being "▁"; of all neighbours that spell a token, those of the highest score (leftmost
 if tied) become one, until none do; a character without a token becomes its UTF-8 bytes, <0xE2> and so on.
 
 tokenizer.json lists pairs by rank where SentencePiece goes by the score of what they spell. With minus the rank as the
 score the two agree, if every token's characters, merged by the lower ranks alone, end as a listed pair (why: the top of
-llama/bpe.py, which tests it for each token).
+bpe.py, which tests it for each token).
 """
 
 import re

@@ -1,17 +1,12 @@
 """What follows `--data`: the built-in catalogue, pc-parts, a file, or a data set of the Hugging Face hub."""
 
-import hashlib
 import json
 import os
-import urllib.error
-import urllib.request
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
-from common.files import whole_file
+from common.hub import cache_directory, download, sha256, snapshot
 from pricing.data import catalogue
 from pricing.data.items import REPEATED, Item, Skipped, items_from_rows, read_rows
 
@@ -20,31 +15,7 @@ PC_PARTS_URL = (
     "https://raw.githubusercontent.com/docyx/pc-part-dataset/06ffc8eec068db5e8145e012ad2ec11e56a7c969/data/jsonl.zip"
 )
 PC_PARTS_SHA256 = "752916c6adfa56e903522acda11526802e88959ef0e13f295096e6bbd5c43137"
-
-
-def cache_directory() -> Path:
-    return Path(os.environ.get("QLORA_CACHE") or Path.home() / ".cache" / "qlora-pricer")
-
-
-def download(url: str, sha256: str, path: Path) -> Path:
-    """Fetch once: checked, then renamed into place. Raises OSError in one line."""
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with whole_file(path) as part:
-            with urllib.request.urlopen(url, timeout=60) as response, open(part, "wb") as handle:
-                size = int(response.headers.get("Content-Length") or 0)
-                with tqdm(desc=f"fetching {path.name}", total=size or None, unit="B", unit_scale=True) as bar:
-                    while chunk := response.read(1 << 16):
-                        handle.write(chunk)
-                        bar.update(len(chunk))
-            found = hashlib.sha256(part.read_bytes()).hexdigest()
-            if found != sha256:
-                raise OSError(f"{url} has sha256 {found}, expected {sha256}: cut short or changed")
-    except urllib.error.URLError as error:
-        raise OSError(f"cannot fetch {url}: {error.reason}") from None
-    return path
+HUB_FILES = ["*.parquet", "*.jsonl", "*.csv"]
 
 
 def pc_parts_rows(archive: Path):
@@ -74,24 +45,6 @@ def pc_parts_rows(archive: Path):
                 key = tuple(row.values())
                 yield number, row | {REPEATED: key in seen and price is not None}
                 seen.add(key)
-
-
-def download_from_hub(name: str) -> Path:
-    """The directory with the data files of a hub data set. Raises OSError in one line."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["*.parquet", "*.jsonl", "*.csv"]))
-    except GatedRepoError:
-        raise OSError(
-            f"data set {name} is gated: accept its terms on its page, then log in with `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise OSError(f"no data set {name!r} on the hub, or it is private: check the name") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OSError(f"cannot fetch data set {name} from the hub: {reason}") from None
 
 
 def folder_rows(root: Path):
@@ -124,10 +77,9 @@ def load_items(data: str, size: int, seed: int, strict: bool = False) -> tuple[l
         strict = False  # three quarters of the parts have no price: that is how the source is
     elif path.is_file():
         rows = read_rows(path)
-        with open(path, "rb") as handle:
-            identity = {"sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+        identity = {"sha256": sha256(path)}
     elif data.count("/") == 1 and not path.suffix and not data.startswith((".", "~", "/")):
-        root = download_from_hub(data)
+        root = snapshot(data, "data set", HUB_FILES)
         rows, identity = folder_rows(root), {"commit": root.name}  # the hub's cache names a snapshot by its commit
     else:
         raise ValueError(

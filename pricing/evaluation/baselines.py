@@ -20,8 +20,8 @@ from torch import nn
 from tqdm import tqdm
 
 from common.files import whole_file
+from common.hub import cache_directory
 from pricing.data.items import Item, sample
-from pricing.data.sources import cache_directory
 from pricing.distribution.intervals import in_dollars
 
 WORD = r"(?u)\b\w[\w.]*\b"  # numbers stay whole: "2.4", not "2" and "4"

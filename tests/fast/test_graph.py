@@ -158,21 +158,6 @@ def test_recompute_passes_blocks_it_does_not_know(tiny):
     assert set(wrapper.index) == {model.layers[0]}
 
 
-def test_out_of_memory_names_the_flags_that_avoid_it(capsys, monkeypatch):
-    from pipeline.models import run_main
-
-    monkeypatch.delenv("DEBUG", raising=False)
-
-    def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    with pytest.raises(SystemExit) as stopped:
-        run_main(main)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1
-    assert "--batch-tokens" in error and "--memory-budget" in error and "Tried to allocate" in error
-
-
 @pytest.mark.parametrize("clip", [1e-3, 1e3])
 def test_the_gradient_is_clipped_by_its_norm(tiny, clip):
     shape = shape_for(128, 6)

@@ -6,7 +6,7 @@ from conftest import hugging_face_model, our_model, tiny_config
 
 from benchmarks.shapes import SHAPES
 from fast.plan import GIB, Estimate, Plan, choose, free_memory, parse_bytes
-from llama.config import LlamaConfig
+from llama.families import config_from_dict, config_from_directory
 from pricing.data.batch import Shape
 from quant.linear import LinearInt8
 
@@ -14,7 +14,7 @@ SHAPE = Shape(2304, 21, 182, 84)
 
 
 def estimate(shape="8b", tokens=SHAPE, targets="attention", bits=4):
-    config = LlamaConfig.from_dict(SHAPES[shape])
+    config = config_from_dict(SHAPES[shape])
     return Estimate(config, tokens, bits=bits, dtype=torch.bfloat16, rank=32, targets=targets)
 
 
@@ -43,7 +43,7 @@ def test_less_memory_pulls_one_lever_after_the_other():
 
 def test_the_price_head_is_counted_with_what_is_trained():
     """A number, its gradient, two of AdamW, and twice two bytes for copies in the compute dtype"""
-    config, options = LlamaConfig.from_dict(SHAPES["8b"]), dict(bits=4, dtype=torch.bfloat16, rank=32)
+    config, options = config_from_dict(SHAPES["8b"]), dict(bits=4, dtype=torch.bfloat16, rank=32)
     with_head = Estimate(config, SHAPE, targets="attention", head_numbers=10**6, **options)
     assert with_head.total(Plan()) - estimate().total(Plan()) == pytest.approx(20e6)
 
@@ -53,7 +53,7 @@ def test_8_bits_lie_between_4_and_16_and_count_what_is_stored(tmp_path):
     assert sizes[0] + 3 * GIB < sizes[1] < sizes[2] - 5 * GIB
     hugging_face_model(tiny_config(), tmp_path)
     stored = sum(m.stored_bytes() for m in our_model(tmp_path, bits=8).modules() if isinstance(m, LinearInt8))
-    config = LlamaConfig.from_directory(tmp_path)
+    config = config_from_directory(tmp_path)
     options = dict(dtype=torch.bfloat16, rank=4, targets="attention")
     assert Estimate(config, SHAPE, bits=8, **options).weights == stored
     plan, reasons = choose(estimate(bits=8), int(9 * GIB))

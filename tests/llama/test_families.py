@@ -1,6 +1,6 @@
 """Every family against transformers on tiny random configs: float32, CPU, no download.
 
-    python -m pytest tests/test_families.py
+    python -m pytest tests/llama/test_families.py
 
 Built to fail: fewer kv heads than heads, a q_proj that is not square, random norm weights, soft caps that bind, windows
 shorter than the sequences, sequences longer than the original context. `SWITCHES` turns each switch off once and asks
@@ -19,7 +19,8 @@ from torch.nn.functional import cross_entropy
 
 from fast.linears import group_linears
 from llama.attention import Layout
-from llama.config import LinearRope, LlamaConfig
+from llama.config import LinearRope
+from llama.families import config_from_directory
 from llama.model import Llama
 from llama.weights import Checkpoint, load_weights
 from lora.adapter import load_adapter, save_adapter
@@ -122,7 +123,7 @@ def test_both_spellings_of_config_are_one(family, tmp_path):
     """The hub's keys and those that transformers 5 writes"""
     name, hf, directory = family
     hf.config.save_pretrained(tmp_path / "new")
-    assert LlamaConfig.from_directory(tmp_path / "new") == LlamaConfig.from_directory(directory)
+    assert config_from_directory(tmp_path / "new") == config_from_directory(directory)
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -263,7 +264,7 @@ SWITCHES = {
 def test_a_switch_turned_off_breaks_parity(name, switch, tmp_path, monkeypatch):
     hf, given = write_family(name, tmp_path), sequences()
     monkeypatch.setattr(Checkpoint, "check", lambda *_: None)  # else a norm left over would be refused, and no test
-    right = LlamaConfig.from_directory(tmp_path)
+    right = config_from_directory(tmp_path)
     errors = []
     for config in (right, SWITCHES[name][switch](right)):
         with torch.device("meta"):
@@ -340,7 +341,7 @@ def without(name, *keys):
 def test_what_is_not_computed_is_refused_by_name(raw, words, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=words) as error:
-        LlamaConfig.from_directory(tmp_path)
+        config_from_directory(tmp_path)
     assert "\n" not in str(error.value)
 
 

@@ -1,6 +1,6 @@
 """GGUF files of every family: tiny ones made here as llama.cpp's converter makes them, converted, and compared.
 
-    python -m pytest tests/test_gguf.py
+    python -m pytest tests/llama/test_gguf.py
 
 The names come from the `gguf` package's own table, the numbers from transformers: the model that a file was made from,
 and its reading of the same file, of which it gets some settings wrong (`READ_RIGHT` has those that it gets right).
@@ -18,7 +18,7 @@ from test_spm import RUNS, STEERING, TEXTS, oracle_of, without_bos
 from test_spm import gemma as toy_gemma
 
 from llama.attention import Layout
-from llama.config import LlamaConfig
+from llama.families import config_from_dict, config_from_directory
 from llama.gguf import read as gguf
 from llama.gguf import tokenizer as gguf_tokenizer
 from llama.rope import inverse_frequencies
@@ -159,7 +159,7 @@ def test_each_family_is_what_it_was_made_from(name, tmp_path):
     write_gguf(tmp_path / "model.gguf", tmp_path / "model", config=STORED[name])
     gguf.convert(tmp_path / "model.gguf", tmp_path / "out")
     (tmp_path / "model" / "config.json").write_text(json.dumps(STORED[name]))
-    ours, theirs = (LlamaConfig.from_directory(tmp_path / name).__dict__ for name in ("out", "model"))
+    ours, theirs = (config_from_directory(tmp_path / name).__dict__ for name in ("out", "model"))
     for key in ours | theirs:
         near = key in ("rms_norm_eps", "attn_logit_softcapping", "final_logit_softcapping", "rope_scaling")
         assert near or ours[key] == theirs[key], key  # near: float32 in the file; the logits tell
@@ -194,7 +194,7 @@ def test_what_gemmas_files_do_not_say():
         assert caps == ((50.0, 30.0) if arch == "gemma2" else (None, None))  # what the loader knows, too
         listed = [True, False] * (layers // 2)  # as newer files have it
         config = gguf.config_from_gguf(fields | {f"{arch}.attention.sliding_window_pattern": listed}, {})
-        assert LlamaConfig.from_dict(config).windows == (1024, None) * (layers // 2)
+        assert config_from_dict(config).windows == (1024, None) * (layers // 2)
 
 
 # ---------------------------------------------------------------- each type, beside transformers' reading of the file
@@ -258,12 +258,12 @@ def test_llama_31_rope_is_read_off_its_divisors(tmp_path):
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope["original_max_position_embeddings"] = 8192
     plain = tiny_config(hidden_size=96, head_dim=64, rope_theta=500000.0)
-    scaled = inverse_frequencies(LlamaConfig.from_dict(plain | {"rope_scaling": rope}))
-    divisors = (inverse_frequencies(LlamaConfig.from_dict(plain)) / scaled).numpy()
+    scaled = inverse_frequencies(config_from_dict(plain | {"rope_scaling": rope}))
+    divisors = (inverse_frequencies(config_from_dict(plain)) / scaled).numpy()
     hugging_face_model(plain, tmp_path / "model")
     write_gguf(tmp_path / "a.gguf", tmp_path / "model", rope_freqs=divisors)
     gguf.convert(tmp_path / "a.gguf", tmp_path / "out")
-    torch.testing.assert_close(inverse_frequencies(LlamaConfig.from_directory(tmp_path / "out")), scaled)
+    torch.testing.assert_close(inverse_frequencies(config_from_directory(tmp_path / "out")), scaled)
     write_gguf(tmp_path / "b.gguf", tmp_path / "model", rope_freqs=divisors * np.linspace(1, 2, 32))
     with pytest.raises(ValueError, match="rope_freqs.weight is not Llama 3.1's"):
         gguf.convert(tmp_path / "b.gguf", tmp_path / "out2")
@@ -278,6 +278,17 @@ def test_damaged_gguf_leaves_nothing(gguf_file, tmp_path):
             gguf.convert(gguf_file, tmp_path / "out")
         assert "\n" not in str(error.value)
     assert set(tmp_path.iterdir()) == before
+
+
+def test_a_directory_with_something_in_it_is_not_replaced(gguf_file, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("")
+    with pytest.raises(ValueError, match="out exists; choose another name"):
+        gguf.convert(gguf_file, out)
+    (out / "mine").unlink()
+    gguf.convert(gguf_file, out)
+    assert (out / "config.json").is_file()
 
 
 def test_what_is_not_known_is_refused_in_a_line_that_names_it(gguf_file, tmp_path):
@@ -384,7 +395,8 @@ def test_gguf_refusals_of_the_llama_kind():
 
 def cached(name):
     """Skips unless the model lies in the cache already: up to a gigabyte to fetch, and several in float32"""
-    from pipeline.hub import CONVERSION, PACKAGED, cache_directory
+    from common.hub import cache_directory
+    from pipeline.hub import CONVERSION, PACKAGED
 
     directory = cache_directory() / f"{name}-{PACKAGED[name].sha256[:16]}-{CONVERSION}"
     if not directory.is_dir():
@@ -416,12 +428,12 @@ def test_packaged_models_are_transformers(name, said):
 def test_gemma3_270ms_tokenizer_is_the_librarys():
     import tokenizers as hf
 
-    from pipeline.hub import cache_directory
+    from common.hub import cache_directory
 
     directory = cached("gemma3-270m")
     file = cache_directory() / "tokenizers" / "gemma3" / "tokenizer.json"
     if not file.is_file():
-        pytest.skip(f"{file} is not there: the top of tests/test_real_tokenizers.py says where it comes from")
+        pytest.skip(f"{file} is not there: the top of tests/llama/test_real_tokenizers.py says where it comes from")
     data = json.loads(file.read_text("utf-8"))
     ours = Tokenizer.from_directory(directory)
     text = [t for t in data["added_tokens"] if not t["special"] and not spm.STEERING.fullmatch(t["content"])]

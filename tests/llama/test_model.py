@@ -7,7 +7,7 @@ import torch
 from conftest import LLAMA31_ROPE, hugging_face_model, our_model, tiny_config
 
 from llama.attention import Layout
-from llama.config import LlamaConfig
+from llama.families import config_from_dict, config_from_directory
 from llama.rope import inverse_frequencies
 
 CONFIGS = {
@@ -129,10 +129,10 @@ def test_scaled_rope_against_transformers_at_real_sizes():
 
     rope = LLAMA31_ROPE | {"original_max_position_embeddings": 8192}
     config = tiny_config(head_dim=128, rope_theta=500000.0, rope_scaling=rope, max_position_embeddings=131072)
-    ours = inverse_frequencies(LlamaConfig.from_dict(config))
+    ours = inverse_frequencies(config_from_dict(config))
     hf = LlamaRotaryEmbedding(HFConfig(**{k: v for k, v in config.items() if k not in ("model_type", "architectures")}))
     torch.testing.assert_close(ours, hf.inv_freq, rtol=1e-6, atol=0)
-    assert not torch.allclose(ours, inverse_frequencies(LlamaConfig.from_dict(config | {"rope_scaling": None})))
+    assert not torch.allclose(ours, inverse_frequencies(config_from_dict(config | {"rope_scaling": None})))
 
 
 def test_bfloat16_stays_near_float32(tiny):
@@ -143,10 +143,10 @@ def test_bfloat16_stays_near_float32(tiny):
 
 
 def test_both_spellings_of_rope_in_config():
-    old = LlamaConfig.from_dict(tiny_config(rope_theta=5e5, rope_scaling=LLAMA31_ROPE))
+    old = config_from_dict(tiny_config(rope_theta=5e5, rope_scaling=LLAMA31_ROPE))
     config = tiny_config()
     del config["rope_theta"]
-    assert LlamaConfig.from_dict(config | {"rope_parameters": LLAMA31_ROPE | {"rope_theta": 5e5}}) == old
+    assert config_from_dict(config | {"rope_parameters": LLAMA31_ROPE | {"rope_theta": 5e5}}) == old
 
 
 @pytest.mark.parametrize(
@@ -162,5 +162,5 @@ def test_both_spellings_of_rope_in_config():
 def test_unsupported_switches_are_refused_by_name(change, words, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config(**change)))
     with pytest.raises(ValueError, match=words) as error:
-        LlamaConfig.from_directory(tmp_path)
+        config_from_directory(tmp_path)
     assert "config.json" in str(error.value) and "\n" not in str(error.value)

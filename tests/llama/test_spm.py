@@ -1,8 +1,8 @@
 """llama/spm.py: vocabularies of characters that fall back to bytes, against `tokenizers` and Google's `sentencepiece`.
 
-    python -m pytest tests/test_spm.py
+    python -m pytest tests/llama/test_spm.py
 
-Toy vocabularies are trained here. The real ones are in tests/test_real_tokenizers.py.
+Toy vocabularies are trained here. The real ones are in tests/llama/test_real_tokenizers.py.
 """
 
 import io

@@ -1,7 +1,9 @@
-"""llama/tokenizer.py against Hugging Face's `tokenizers` and Google's `sentencepiece`:  pytest tests/test_tokenizer.py
+"""llama/tokenizer/ against Hugging Face's `tokenizers` and Google's `sentencepiece`.
+
+    python -m pytest tests/llama/test_tokenizer.py
 
 Toy vocabularies are trained here; SmolLM2's own runs too, over every title of pc_parts.jsonl. What falls back to bytes
-is in tests/test_spm.py, the other families' own vocabularies in tests/test_real_tokenizers.py.
+is in tests/llama/test_spm.py, the other families' own vocabularies in tests/llama/test_real_tokenizers.py.
 """
 import io
 import json

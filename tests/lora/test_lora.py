@@ -8,12 +8,13 @@ from conftest import hugging_face_model, our_model, tiny_config
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
+from common.files import write_directory
 from fast.linears import group_linears
 from llama.attention import Layout
 from lora.adapter import load_adapter, save_adapter
 from lora.inject import inject, lora_layers
 from lora.optim import FlatFactors, make_optimiser
-from pipeline.checkpoint import load_state, save_state, write_directory
+from pipeline.checkpoint import load_state, save_state
 
 TOKENS, LAYOUT = torch.arange(5, 35), Layout.packed([30])
 
@@ -160,46 +161,6 @@ def test_resume_goes_on_as_if_never_stopped(tiny, tmp_path):
     assert load_state(tmp_path / "run" / "state", factors, optimiser) == {"step": 3, "seconds": 1.5}
     losses += [train_step(second, optimiser) for _ in range(3)]
     assert losses == expected
-
-
-def test_an_interrupted_write_leaves_the_old_directory(tmp_path):
-    with write_directory(tmp_path / "run") as part:
-        (part / "a").write_text("first")
-    with pytest.raises(KeyboardInterrupt):
-        with write_directory(tmp_path / "run") as part:
-            (part / "a").write_text("half")
-            raise KeyboardInterrupt
-    assert (tmp_path / "run" / "a").read_text() == "first"
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
-
-
-def test_a_failure_between_the_two_renames_puts_the_old_directory_back(tmp_path, monkeypatch):
-    import os
-
-    with write_directory(tmp_path / "run") as part:
-        (part / "a").write_text("first")
-    rename, calls = os.rename, []
-
-    def failing(source, target):
-        calls.append(source)
-        if len(calls) == 2:
-            raise OSError("disk gone")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(OSError, match="disk gone"):
-        with write_directory(tmp_path / "run") as part:
-            (part / "a").write_text("second")
-    assert (tmp_path / "run" / "a").read_text() == "first"
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
-
-
-def test_a_symbolic_link_stays_one(tmp_path):
-    (tmp_path / "disk" / "run").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "disk" / "run")
-    with write_directory(tmp_path / "link") as part:
-        (part / "a").write_text("new")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "run" / "a").read_text() == "new"
 
 
 @pytest.mark.parametrize(

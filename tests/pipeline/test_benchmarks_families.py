@@ -16,7 +16,7 @@ from benchmarks import families
 from benchmarks.random_model import tensors_of, write
 from benchmarks.shapes import FAMILIES, PUBLISHED, SHAPES
 from benchmarks.train_speed import settings_of, work
-from llama.config import LlamaConfig
+from llama.families import config_from_dict
 from pipeline.models import load_base, open_base, pick_dtype
 from quant.linear import FrozenLinear
 
@@ -47,16 +47,16 @@ def test_real_shapes_are_the_published_ones(name):
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(**kinds))
     assert type(hf).__name__ == raw["architectures"][0]
-    ours = tensors_of(LlamaConfig.from_dict(FAMILIES[name]))
+    ours = tensors_of(config_from_dict(FAMILIES[name]))
     theirs = {key.removeprefix("model."): tuple(p.shape) for key, p in hf.named_parameters()}
     assert ours == theirs
     assert families.computed(settings(name, 4), torch.bfloat16)["parameters"] == PARAMETERS[name] == hf.num_parameters()
 
 
 def test_every_shape_is_one_that_the_network_computes():
-    assert all(LlamaConfig.from_dict(config) for config in SHAPES.values()) and PUBLISHED.keys() == FAMILIES.keys()
+    assert all(config_from_dict(config) for config in SHAPES.values()) and PUBLISHED.keys() == FAMILIES.keys()
     assert SHAPES["8b"] is FAMILIES["llama-3.1-8b"]
-    like, real = (LlamaConfig.from_dict(SHAPES[name]) for name in ("14b", "phi-3-medium"))
+    like, real = (config_from_dict(SHAPES[name]) for name in ("14b", "phi-3-medium"))
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads"):
         assert getattr(like, key) == getattr(real, key)
 

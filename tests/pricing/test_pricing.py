@@ -281,16 +281,6 @@ def test_pc_parts_rows_by_hand(tmp_path):
     assert skipped.counts == {"rows that repeat an earlier one": 1, "rows without a price": 1}
 
 
-def test_a_changed_or_unreachable_download_leaves_nothing(tmp_path):
-    (tmp_path / "source").write_text("something else")
-    target = tmp_path / "cache" / "file.zip"
-    with pytest.raises(OSError, match="has sha256 .* expected"):
-        sources.download((tmp_path / "source").as_uri(), "0" * 64, target)
-    with pytest.raises(OSError, match="cannot fetch"):
-        sources.download((tmp_path / "absent").as_uri(), "0" * 64, target)
-    assert list(target.parent.iterdir()) == []
-
-
 # ---- prompt and batch ----------------------------------------------------------------------------------------------
 
 
