@@ -98,7 +98,7 @@ def price(args: argparse.Namespace, predictor: Predictor, test: list[Item], prom
                 tqdm.write(show_guess(test[i].title, truth[i], guess, colour(truth[i], guess)))
 
     started = time.perf_counter()
-    written = greedy(run, prompts, args.batch_tokens) if decode == "greedy" else None
+    written = greedy(predictor, prompts, args.batch_tokens) if decode == "greedy" else None
     prediction = predictor.predict(
         prompts, args.batch_tokens, args.prune,
         lambda indices, part: show(indices, guess_of(part) if written is None else written[indices]),

@@ -1,1 +1,1 @@
-"""The same sums as the readable path in fewer and larger steps. Delete this folder: everything still trains and prices."""
+"""The same sums as the readable path, in fewer and larger steps. Without this folder all still trains and prices."""

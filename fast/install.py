@@ -1,5 +1,5 @@
-"""The one door of this package: the plan for a memory budget, the fast layers in place of the readable ones, the recorded
-step. train.py and pipeline/ call these and nothing else of fast/; without this folder the readable path runs.
+"""The one door of this package: the plan for a memory budget, the fast layers in place of the readable ones, the
+recorded step. train.py and pipeline/ call these and nothing else of fast/; without this folder the readable path runs.
 """
 
 import os

@@ -6,9 +6,9 @@
     x + attention(norm(x)), then x + mlp(norm(x))   the sum is left to the next norm, which reads both terms anyway:
                                                     a block takes and returns (x, delta), whose sum is the stream
     all rows through the last block                 behind its attention only the rows `at` go on: nobody reads others
-    seven linears a block                           four products: q, k, v and gate, up are merged (fast/linears.py)
-    norm, rotation, attention, SwiGLU in PyTorch    a Triton kernel each, where there is a GPU (fast/norm_glu.py)
-    everything is kept for backward                 with a small --memory-budget, blocks are recomputed (fast/offload.py)
+    seven linears a block                           four: q, k, v and gate, up are merged (fast/linears.py)
+    norm, rotation, attention, SwiGLU               on a GPU a Triton kernel each (fast/norm_glu.py)
+    everything is kept for backward                 with a small --memory-budget blocks run twice (fast/offload.py)
 
 The sums are the same; the order of a few additions is not.
 """

@@ -11,8 +11,8 @@ What differs from the readable path, and why it is faster:
     model in 16 bits never exists, and nothing is allocated.
   - On a GPU one kernel turns nested NF4 into bfloat16 in one pass (fast/nf4.py).
   - `keep` holds the dequantised matrix for good, where memory allows: the same numbers without the work.
-  - The LoRA factors A of a merged linear lie one below the other too: one product x A^T for all, one for dL/dA. On a GPU
-    these small products run beside the large one, on a second stream.
+  - The LoRA factors A of a merged linear lie one below the other too: one product x A^T for all, one for dL/dA. On a
+    GPU these small products run beside the large one, on a second stream.
   - The factors of a whole model are cast to the compute dtype at once (`cast_factors`).
 
 On a CPU, and for shapes that do not come in whole blocks, bitsandbytes dequantises, and the rest is the same.
@@ -32,7 +32,7 @@ from quant.linear import Linear16
 
 
 class SideStream:
-    """`with SideStream(device) as side:` runs on a second stream what is not needed at once; `side.join()` waits for it.
+    """`with SideStream(device) as side:` runs on a second stream what is not needed at once; `side.join()` waits.
 
     LoRA's products are small: beside the large one they cost next to nothing. On a CPU all of this does nothing.
     """

@@ -1,6 +1,6 @@
 """What is no matrix product in a block, each as one Triton kernel a direction: norm with the sum before it, SwiGLU.
 
-    python -m pytest tests/fast/test_norm_glu.py       # against the plain pieces of fast/layers.py, forward and backward
+    python -m pytest tests/fast/test_norm_glu.py       # against the plain pieces of fast/layers.py
 
 The plain pieces read and write memory once for every operation in their formula; these read each input and write each
 result once. The formulas are the same, in float32 inside; what they return is rounded once, at the end.

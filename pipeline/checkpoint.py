@@ -106,7 +106,7 @@ def adapter_digest(ckpt: str | Path) -> str:
 
 
 def save(
-    run: TrainingRun, out: Path, counts: dict, metrics: list[dict], calibration: dict[str, np.ndarray], error: float | None
+    run: TrainingRun, out: Path, counts: dict, metrics: list[dict], calibration: dict[str, np.ndarray], error
 ) -> None:
     """A whole checkpoint directory, under its name only when complete.
 

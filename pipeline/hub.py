@@ -153,3 +153,8 @@ def resolve_model(model: str) -> Path:
     raise ValueError(
         f"{model} does not exist; --model takes {NAMES}, a directory, a .gguf file or a hub id such as org/name"
     )
+
+
+def published_name(model: str) -> str:
+    """What other programs know a model by: the id on the hub of one that pip fetches, else what the user typed."""
+    return PACKAGED[model].published if model in PACKAGED else model

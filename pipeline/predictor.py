@@ -96,7 +96,7 @@ def last_states(model: Llama, prompts: list[list[int]], batch_tokens: int | None
 
 
 def tree_functions(model: Llama, prompts: list[list[int]]) -> tuple[Callable, Callable]:
-    """`prefill` and `extend` for pricing.distribution.decode, for any of `prompts`: what all begin with is read once."""
+    """`prefill` and `extend` as pricing.distribution.decode wants them; what all `prompts` begin with is read once."""
     shared = 0
     if len(prompts) > 4:  # fewer are sooner read whole
         first, last = min(prompts), max(prompts)  # what these two share, all that lie between share too

@@ -31,8 +31,8 @@ def make_step(
     """A function of (window of packed batches, rate) that takes one optimiser step, or queues it; it returns a function
     that waits for the step and gives (loss in nats a supervised token, norm of the gradient, seconds).
 
-    `compute(window, scalars) -> (2,)` is train.py's optimiser_step; `recorded` replays it as a CUDA graph, of windows of
-    at most `accumulate` batches.
+    `compute(window, scalars) -> (2,)` is train.py's optimiser_step; `recorded` replays it as a CUDA graph, of windows
+    of at most `accumulate` batches.
     """
     device = flat.parameter.device
     initialise(optimiser, flat.parameter)

@@ -22,9 +22,9 @@ Which columns are outliers is decided over all rows at once: what a token gives 
 its batch. A NaN or infinity makes its column an outlier, with any threshold, and reaches its own row alone.
 
 Quantising is computed in float32 whatever the dtype. bitsandbytes' CUDA functions for it take and give float16 alone,
-which has other steps than bfloat16 and ends at 65,504, so `LinearInt8` runs the functions of this file, and of bitsandbytes
-the product of integers. (bitsandbytes 0.50's CPU version of `int8_mm_dequant` multiplies by 6.200124e-05 where 1 / 127^2 is
-6.2000124e-05: its results are 1.8e-5 larger.)
+which has other steps than bfloat16 and ends at 65,504, so `LinearInt8` runs the functions of this file, and of
+bitsandbytes the product of integers. (bitsandbytes 0.50's CPU version of `int8_mm_dequant` multiplies by 6.200124e-05
+where 1 / 127^2 is 6.2000124e-05: its results are 1.8e-5 larger.)
 """
 
 import bitsandbytes.functional as bnb

@@ -20,8 +20,8 @@ values of a signed dynamic map (dense near 0, Dettmers 2015, arXiv 1511.04561). 
 4.127 bits.
 
 Everything is computed in float32, whatever the dtype of the weight; a cast to the compute dtype comes last.
-`quant/linear.py` does not run this file: it calls bitsandbytes' kernels, and tests/quant/test_nf4.py shows that both agree,
-on a CPU in every bit, on CUDA up to values that lie on the border of two codes.
+`quant/linear.py` does not run this file: it calls bitsandbytes' kernels, and tests/quant/test_nf4.py shows that both
+agree, on a CPU in every bit, on CUDA up to values that lie on the border of two codes.
 """
 
 from dataclasses import dataclass

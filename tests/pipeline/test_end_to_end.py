@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer_json, hugging_face_model, tiny_config
+from pipeline.states import last_states
 from safetensors.torch import load_file, save_file
 
 from evaluate import BLEND
 from pipeline.models import pick_dtype, run_items
 from pipeline.predictor import Run, read_held
-from pipeline.states import last_states
 from pricing.curation.leaks import leaks
 from pricing.data.items import items_from_rows, read_rows, sample, split_of
 from pricing.data.prompt import encode_prompt

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import our_model
+from pipeline.states import adapter_digest, last_states, without_adapter
 
 from lora.inject import inject, lora_layers
 from pipeline.predictor import forecast, open_head
-from pipeline.states import adapter_digest, last_states, without_adapter
 from pricing.distribution.decode import PriceTree
 from pricing.distribution.intervals import MIDDLE
 from pricing.distribution.quantile_head import new_price_head, save_head
