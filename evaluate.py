@@ -21,7 +21,7 @@ from pipeline.options import Parser, add_batch_argument, add_model_arguments
 from pipeline.predictor import Run, forecast, tree_functions
 from pipeline.states import forward_tokens, without_adapter
 from pricing.curation.leaks import leaks
-from pricing.data.batch import by_length
+from pricing.data.batch import length_batches
 from pricing.data.catalogue import least_error
 from pricing.data.items import MIN_PRICE, Item, normalise_title, sample, unseen
 from pricing.data.sources import load_items
@@ -80,7 +80,7 @@ def greedy(run: Run, prompts: list[list[int]], batch_tokens: int | None) -> np.n
     if len(run.paths) > 1:
         raise ValueError(f"--decode greedy reads one model's text; {run.paths[0]} has {len(run.paths)} members")
     functions, guesses = tree_functions(run.model, prompts), np.full(len(prompts), np.nan)
-    for indices in by_length(prompts, forward_tokens(run.model, batch_tokens)):
+    for indices in length_batches(prompts, forward_tokens(run.model, batch_tokens)):
         guesses[indices] = greedy_prices(*functions, [prompts[i] for i in indices], run.tree)
     return guesses
 

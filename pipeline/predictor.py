@@ -23,7 +23,7 @@ from llama.model import Llama
 from lora.adapter import load_adapter
 from pipeline.models import load_run, read_run, run_items
 from pipeline.states import READ, adapter_digest, forward_tokens, head_states
-from pricing.data.batch import by_length
+from pricing.data.batch import length_batches
 from pricing.data.items import Item, sample
 from pricing.data.neighbours import INDEX, Index, with_neighbours
 from pricing.data.prompt import Example, encode_items
@@ -85,7 +85,7 @@ def forecast(
     last_only = head is not None and head.settings["states"] == "tuned" and not head.settings["mean"]
     last_only = last_only and head.settings["blocks"] == [len(model.layers)]
     states = None if head is None or last_only else head_states(model, prompts, head.settings, batch_tokens)
-    for indices in by_length(prompts, forward_tokens(model, batch_tokens)):
+    for indices in length_batches(prompts, forward_tokens(model, batch_tokens)):
         caches = []
 
         def keeping(*args):

@@ -19,7 +19,7 @@ from common.files import whole_file
 from llama.attention import Layout
 from llama.model import Llama
 from lora.inject import lora_layers
-from pricing.data.batch import by_length
+from pricing.data.batch import length_batches
 
 READ = ("states", "blocks", "mean")  # the settings of a head that say what it reads
 
@@ -75,7 +75,7 @@ def last_states(
 
     hooks = [model.layers[block - 1].register_forward_hook(keeper(block)) for block in set(blocks) - {last}]
     try:
-        for indices in by_length(prompts, forward_tokens(model, batch_tokens)):
+        for indices in length_batches(prompts, forward_tokens(model, batch_tokens)):
             part = [prompts[i] for i in indices]
             layout = Layout.packed([len(prompt) for prompt in part], model.device)
             lengths = torch.tensor([len(prompt) for prompt in part], device=model.device)
