@@ -61,7 +61,7 @@ class PriceTree:
         # The answers of training must follow the tree: "12.00" goes through 1, 2 and ".", not through one token ".00".
         for path, price in paths.items():
             if tuple(encode_answer(f"{price}.00"))[: len(path)] != path:
-                raise ValueError(f'prices cannot be scored: the ids of "{price}.00" do not begin with "{price}" and "."')
+                raise ValueError(f'prices cannot be scored: the ids of "{price}.00" do not begin with "{price}", "."')
         depths = range(max(map(len, paths)))
         return PriceTree(
             choices=choices,

@@ -67,7 +67,7 @@ def conformal_offset(low: np.ndarray, high: np.ndarray, truth: np.ndarray, share
     if not 0 < share < 1 or not len(low) == len(high) == n:
         raise ValueError(f"cannot calibrate {len(low)} to {len(high)} ranges on {n} prices for a share of {share}")
     if n == 0 or not (np.minimum(np.minimum(low, high), truth) > 0).all():  # NaN fails this too
-        raise ValueError("ranges are calibrated on one or more positive prices in dollars")
+        raise ValueError("ranges are calibrated on positive prices in dollars, at least one")
     scores = np.maximum(np.log(low / truth), np.log(truth / high))
     if (rank := conformal_rank(n, share)) > n:
         raise ValueError(

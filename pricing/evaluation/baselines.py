@@ -78,7 +78,7 @@ def ridge_tfidf(train: list[Item], test: list[Item]) -> np.ndarray:
 
 
 def on_word_counts(model, train: list[Item], test: list[Item], dense: bool) -> np.ndarray:
-    """Guesses of `model`, a scikit-learn regressor, from how often each of the 1,000 commonest words occurs; it is given
+    """Guesses of `model`, a scikit-learn regressor, from how often each of the 1,000 commonest words occurs. It gets
     the counts as an array if `dense`, else as a sparse matrix."""
     from sklearn.feature_extraction.text import CountVectorizer
 

@@ -30,6 +30,11 @@ def show_guess(title: str, truth: float, guess: float, colour: str) -> str:
     return f"{paint(line, colour)}  {title[:60]}"
 
 
+def signed(dollars: float) -> str:
+    """A difference in dollars: +$3.20 or -$0.50"""
+    return f"{'-' if dollars < 0 else '+'}${abs(dollars):.2f}"
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Lines of columns as wide as their widest cell; the first column is aligned left, the others right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]

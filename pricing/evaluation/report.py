@@ -1,7 +1,5 @@
 """The report directory: metrics.json, predictions.csv, scatter.png, comparison.png and report.html, which holds the
-pictures and needs no other file; its template is page.html. And two such directories compared:
-
-    python evaluate.py --compare a/report b/report
+pictures and needs no other file. Its template is page.html; compare.py compares two such directories.
 """
 
 import base64
@@ -13,8 +11,9 @@ from string import Template
 
 import numpy as np
 
-from pricing.data.items import Item, normalise_title
-from pricing.evaluation.metrics import colour, paired_difference
+from pricing.data.items import Item
+from pricing.evaluation.console import signed
+from pricing.evaluation.metrics import colour
 
 COLUMNS = ["id", "title", "truth", "guess", "low", "high", "error", "colour"]  # of predictions.csv
 PAGE = Path(__file__).with_name("page.html")
@@ -31,63 +30,9 @@ def write_predictions(path: Path, items: list[Item], guess: np.ndarray, low: np.
             writer.writerow([item.id, item.title, *prices, colour(item.price, g)])
 
 
-def read_predictions(report: str | Path) -> dict[tuple, list[float]]:
-    """{(id, title, truth): errors in dollars}, several where items repeat. Raises ValueError where there is no
-    predictions.csv, or it is damaged or empty."""
-    path = Path(report) / "predictions.csv"
-    if not path.is_file():
-        raise ValueError(f"{report} is not a report of evaluate.py: it has no predictions.csv")
-    errors: dict[tuple, list[float]] = {}
-    with open(path, newline="", encoding="utf-8") as handle:
-        try:
-            for row in csv.DictReader(handle):
-                errors.setdefault((row["id"], row["title"], row["truth"]), []).append(float(row["error"]))
-        except (KeyError, ValueError, TypeError, csv.Error) as problem:
-            raise ValueError(f"{path} is damaged or of another version: {problem!r}") from None
-    if not errors:
-        raise ValueError(f"{path} has no item")
-    return errors
-
-
-def paired_errors(a: str | Path, b: str | Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """The errors of two reports, item by item, in dollars, and the items' titles, for paired_difference.
-
-    Raises ValueError where they are not of the same items.
-    """
-    of_a, of_b = read_predictions(a), read_predictions(b)
-    if {key: len(e) for key, e in of_a.items()} != {key: len(e) for key, e in of_b.items()}:
-        raise ValueError(
-            f"{a} and {b} priced different items ({len(of_a.keys() - of_b.keys()):,} are only in the first, "
-            f"{len(of_b.keys() - of_a.keys()):,} only in the second): only errors of the same items can be compared"
-        )
-    errors_a, errors_b = (np.array([error for key in of_a for error in of[key]]) for of in (of_a, of_b))
-    return errors_a, errors_b, [normalise_title(key[1]) for key in of_a for _ in of_a[key]]
-
-
-def compare_reports(a: str | Path, b: str | Path, seed: int = 0) -> str:
-    """The paired difference of two reports in words. Raises ValueError where they are not of the same items."""
-    errors_a, errors_b, products = paired_errors(a, b)
-    paired = paired_difference(errors_a, errors_b, products, seed)
-    low, high = paired["ci95"]
-    better = a if high < 0 else b if low > 0 else None
-    verdict = "no difference that these items can show"
-    if better:
-        verdict = f"{better} is better on such items; what another seed would change, this does not say"
-    return (
-        f"{a}  off by ${errors_a.mean():.2f} on average\n{b}  off by ${errors_b.mean():.2f} on average\n"
-        f"first less second, over the same {len(errors_a):,} items: {signed(paired['difference'])} "
-        f"(95 % interval {signed(low)} to {signed(high)}): {verdict}"
-    )
-
-
-def signed(dollars: float) -> str:
-    """+$3.20 or -$0.50"""
-    return f"{'-' if dollars < 0 else '+'}${abs(dollars):.2f}"
-
-
 def comparison_table(comparison: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) for the terminal and the page, the least error first. The last column is `above`, an entry's paired
-    difference to the first entry of `comparison`, where it has one."""
+    """(header, rows) for the terminal and the page, the least error first. The last column is `above`, the paired
+    difference to the first entry of `comparison`, for entries that have one."""
     header = ["predictor", "mean error", "median error", "RMSLE", "hits", "/ constant", "seconds"]
     header += [f"above {next(iter(comparison))} (95%)"]
     rows = []

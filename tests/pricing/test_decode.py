@@ -209,7 +209,7 @@ def test_an_answer_that_leaves_the_tree_is_refused():
     def one_piece(text):
         return [ord(c) for c in text.removesuffix(".00")] + [299] * text.endswith(".00")
 
-    with pytest.raises(ValueError, match='do not begin with "0" and "."|do not begin with "1" and "."'):
+    with pytest.raises(ValueError, match='do not begin with "0", "."|do not begin with "1", "."'):
         PriceTree.build(one_piece)
 
 

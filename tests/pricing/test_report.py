@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from pricing.data.items import Item
+from pricing.evaluation.compare import compare_reports
 from pricing.evaluation.metrics import paired_difference, score
-from pricing.evaluation.report import compare_reports, comparison_table, write_predictions, write_report
+from pricing.evaluation.report import comparison_table, write_predictions, write_report
 
 
 @pytest.fixture
