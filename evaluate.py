@@ -35,7 +35,8 @@ from pricing.distribution.intervals import calibrated_range, cross_calibrated_ra
 from pricing.evaluation.baselines import run_baselines
 from pricing.evaluation.console import show_guess, table
 from pricing.evaluation.metrics import colour, paired_difference, score
-from pricing.evaluation.report import compare_reports, comparison_table, headline, write_report
+from pricing.evaluation.compare import compare_reports
+from pricing.evaluation.report import comparison_table, headline, write_report
 
 BLEND = "fine-tuned, blended with forest and network"
 BLENDED = ("random forest", "residual network")

@@ -26,9 +26,9 @@ from pathlib import Path
 import torch
 
 from common.cli import run_main
+from pricing.evaluation.compare import paired_errors
 from pricing.evaluation.console import table
 from pricing.evaluation.metrics import paired_difference
-from pricing.evaluation.report import paired_errors
 
 
 def options_of(row: list[str]) -> tuple[list[str], list[str]]:

@@ -1,1 +1,1 @@
-"""The task: a product's text in, whole dollars out. Nothing here knows the network; it arrives as functions."""
+"""The task: a product's text in, whole dollars out. Nothing here imports the network; it is passed in as functions."""

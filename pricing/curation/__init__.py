@@ -1,1 +1,1 @@
-"""Raw listings to a file to train on: filtered, deduplicated, balanced, split."""
+"""From raw listings to a file of items to train on: filtered, deduplicated, balanced, split."""

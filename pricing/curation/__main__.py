@@ -1,4 +1,4 @@
-"""`python -m pricing.curation raw.jsonl.gz --out items.parquet`: see curate.py."""
+"""`python -m pricing.curation raw.jsonl.gz --out items.parquet`; curate.py explains it."""
 
 from pricing.curation.curate import main
 

@@ -1,13 +1,13 @@
-"""Candidates: what passed the rules, on disk between the stages of `pricing.curation`, so that memory stays small.
+"""Candidates: the records that passed the rules, on disk between the stages of curation, so that memory stays small.
 
-Each input has a directory of its own, written under another name and renamed when whole, so that a run that was stopped
-goes on behind the last finished input:
+Each input has its own directory, written under another name and renamed when whole. So a run that was stopped goes on
+with the first input that it had not finished.
 
     rows.parquet    id, title, text, category, price
     keys-00 ...     a file for each column of keys, 8 bytes a candidate
-    shingles        the sets of all candidates, one after the other, 4 bytes each
-    ends            where each set ends in it, 8 bytes a candidate
-    summary.json    what became of the records
+    shingles        the shingles of all candidates (duplicates.py), one set after the other, 4 bytes each
+    ends            where each candidate's set ends in that file, 8 bytes a candidate
+    summary.json    how many records were read, and how many were left out for each reason
 """
 
 import hashlib
@@ -37,23 +37,24 @@ SCHEMA = pyarrow.schema(
     [(name, pyarrow.string()) for name in ("id", "title", "text", "category")] + [("price", pyarrow.float64())]
 )
 GROUP_ROWS, CHUNK_ROWS = 8192, 4096  # candidates written, and read again, at a time
-FORMAT = 1  # raised when candidates are made or stored in another way, so that those of an older run are not used
+FORMAT = 2  # raise it when candidates are made or stored in another way: those of earlier runs are then not used
 
 
 def identity(path: Path, options: Options) -> str:
-    """Names the directory of an input's candidates: another file, time of change or rule gives another name."""
-    known, preset = path.stat(), options.preset
+    """The name of an input's directory: it changes with the file, its time of change, the rules and FORMAT."""
+    status, preset = path.stat(), options.preset
     rules = (preset.write.__name__, preset.least_tokens, preset.most_tokens, options.near, options.seed)
-    said = (str(path.resolve()), known.st_size, known.st_mtime_ns, category_of(path), rules, FORMAT)
-    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+    parts = (str(path.resolve()), status.st_size, status.st_mtime_ns, category_of(path), rules, FORMAT)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def keep_input(
-    path: Path, out: Path, blocks: Iterator[Block], near: float, strict: bool, tell: Callable[[int], None]
+    path: Path, out: Path, blocks: Iterator[Block], near: float, strict: bool, advance: Callable[[int], None]
 ) -> None:
-    """Write the candidates of one input into the directory `out`, whole or not at all; `tell` hears of the records.
+    """Write the candidates of one input into the directory `out`, whole or not at all; `advance(records)` after each
+    block, for a progress bar.
 
-    Raises ValueError for an input without a readable record and, if `strict`, for the first record of BAD.
+    Raises ValueError for an input without a readable record and, if `strict`, for the first broken record (BAD).
     """
     part = out.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -78,16 +79,16 @@ def keep_input(
             end += len(block.shingles)
             total.records += block.records
             total.counts += block.counts
-            tell(block.records)
+            advance(block.records)
             if len(rows) >= GROUP_ROWS:
                 table.write_table(table_of(rows), GROUP_ROWS)
                 rows = []
         table.write_table(table_of(rows), GROUP_ROWS)
     if not total.records:
-        raise ValueError(f"{path} holds no record: it is empty")
+        raise ValueError(f"{path} has no records: it is empty")
     if sum(total.counts[reason] for reason in BAD) == total.records:
-        said = "; ".join(f"{n:,} {reason}" for reason, n in total.counts.most_common())
-        raise ValueError(f"{path} holds no readable record ({said}): is it raw_meta_* of Amazon-Reviews-2023?")
+        reasons = "; ".join(f"{n:,} {reason}" for reason, n in total.counts.most_common())
+        raise ValueError(f"{path} has no readable records ({reasons}): is it raw_meta_* of Amazon-Reviews-2023?")
     summary = {"file": path.name, "records": total.records, "counts": total.counts, "first": total.first}
     (part / "summary.json").write_text(json.dumps(summary) + "\n")
     for file in part.iterdir():
@@ -97,33 +98,34 @@ def keep_input(
 
 
 def check_sound(path: Path, first: dict[str, int]) -> None:
-    """Raises ValueError that names the first broken record, of the first record of each reason."""
+    """Raises ValueError that names the first broken record; `first` maps each reason to the number of its first one."""
     if broken := [(number, reason) for reason, number in first.items() if reason in BAD]:
         number, reason = min(broken)
         raise ValueError(f"{path}, record {number}: one of the {reason}")
 
 
 def table_of(rows: list[tuple]) -> pyarrow.Table:
+    """Rows of the columns of SCHEMA as a table"""
     return pyarrow.table(list(zip(*rows)) or [[]] * len(SCHEMA), schema=SCHEMA)
 
 
 def read_inputs(inputs: list[Path], work: Path, options: Options, workers: int, strict: bool) -> list[Path]:
-    """The directory of candidates of each input, made below `work` unless an earlier run did.
+    """The directory of candidates of each input, below `work`; those that an earlier run finished are used again.
 
     Raises ValueError as `keep_input` and `raw.blocks_of` do, OSError when a worker dies.
     """
     directories = [work / identity(path, options) for path in inputs]
-    for other in set(work.iterdir()) - {*directories, work / "lock"}:  # of other options, or half-written
+    for other in set(work.iterdir()) - {*directories, work / "lock"}:  # of other options, or not finished
         shutil.rmtree(other) if other.is_dir() else other.unlink()
     todo = [(path, out) for path, out in zip(inputs, directories) if not out.is_dir()]
     if len(todo) < len(inputs):
-        print(f"{len(inputs) - len(todo)} of {len(inputs)} inputs were finished before and are not read again")
+        print(f"{len(inputs) - len(todo)} of {len(inputs)} inputs were finished earlier and are not read again")
     for path, out in zip(inputs, directories):
         if strict and out.is_dir():
             check_sound(path, json.loads((out / "summary.json").read_text())["first"])
     pool = nullcontext()
     if workers > 1 and todo:
-        # spawn: a forked child of a process with threads, as pyarrow and tqdm start, may hang.
+        # spawn, not fork: pyarrow and tqdm start threads, and a forked child of a process with threads may hang.
         pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker)
     with pool as running, tqdm(unit=" records", unit_scale=True, disable=None) as bar:
         try:
@@ -141,8 +143,7 @@ def read_inputs(inputs: list[Path], work: Path, options: Options, workers: int, 
 
 
 class Candidates:
-    """The candidates of all inputs, numbered from 0 in the order of the inputs, read from their directories a piece at
-    a time."""
+    """The candidates of all inputs, numbered from 0 in the order of the inputs, read from disk a part at a time."""
 
     def __init__(self, directories: list[Path]):
         self.directories = directories
@@ -162,17 +163,17 @@ class Candidates:
                 file.close()
 
     def column(self, column: int) -> "Column":
-        """One column of keys, as `duplicates.buckets` takes it"""
+        """One column of keys, in the form that `duplicates.buckets` takes"""
         return Column(self, column)
 
     def keys(self, column: int, start: int, count: int) -> np.ndarray:
-        """The keys of `count` candidates of one input from `start` on, or of as many as it has."""
+        """The keys of the candidates from `start` on, `count` of them or as many as their input has  # (n,) uint64"""
         number = bisect_right(self.starts, start) - 1
         offset = 8 * (start - self.starts[number])
         return np.fromfile(self.directories[number] / f"keys-{column:02}", np.uint64, count, offset=offset)
 
     def shingles(self, row: int) -> np.ndarray:
-        """The set of one candidate."""
+        """The set of shingles of one candidate  # (n,) uint32"""
         number = bisect_right(self.starts, row) - 1
         shingles, ends = (file.fileno() for file in self.files[number])
         row = int(row) - self.starts[number]
@@ -181,7 +182,7 @@ class Candidates:
         return np.frombuffer(os.pread(shingles, 4 * (end - start), 4 * start), np.uint32)
 
     def shingle_chunks(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(first candidate, shingles of it and the next ones, how many each has)"""
+        """(number of the first candidate, the shingles of it and the next ones, how many each has), a part at a time"""
         for start, (shingles, ends) in zip(self.starts, self.files):
             shingles.seek(0)
             ends.seek(0)
@@ -192,9 +193,9 @@ class Candidates:
                 start, end = start + len(chunk), chunk[-1]
 
     def batches(self, columns: list[str]) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
-        """(first candidate, the columns of it and the next ones)"""
+        """(number of the first candidate, the columns of it and the next ones), a part at a time"""
         for start, directory in zip(self.starts, self.directories):
-            # Else pyarrow reads ahead, and holds on to what it has read.
+            # Without these options pyarrow reads ahead and keeps in memory what it has read.
             file = pyarrow.parquet.ParquetFile(directory / "rows.parquet", pre_buffer=False)
             for batch in file.iter_batches(CHUNK_ROWS, columns=columns, use_threads=False):
                 yield start, batch
@@ -203,7 +204,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Column:
-    """Yields (first candidate, its key and the next ones'), as often as it is iterated."""
+    """One column of keys. Each iteration yields (number of the first candidate, the keys of it and the next ones)."""
 
     candidates: Candidates
     column: int

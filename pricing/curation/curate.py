@@ -5,18 +5,18 @@
 RAW are Amazon-Reviews-2023's `raw_meta_*` files (https://amazon-reviews-2023.github.io) as JSONL, JSONL.gz or Parquet;
 `meta_Appliances` in the name of the file or of its folder gives the category. Step by step:
 
-    rules         broken records, no price, price out of range, too little text; part numbers scrubbed (rules.py)
-    duplicates    the same words as an earlier text, then near-duplicates of one (duplicates.py)
+    rules         leave out broken records, no price, price out of range, too little text; scrub part numbers (rules.py)
+    duplicates    leave out texts with the same words as an earlier one, then near-duplicates of one (duplicates.py)
     draw          by price and category, as the preset says (selection.py)
     split         by a seeded hash of the normalised title
-    leaks         training items whose text or title is a near-duplicate of a held-out one: removed, or only counted
+    leaks         remove, or only count, training items whose text or title is a near-duplicate of a held-out one's
                   (leaks.py)
-    write         id, title, text, category, price (dollars), split; what became of the records in a .json beside it
+    write         id, title, text, category, price (dollars), split; and a .json beside it with the counts
 
-Every record is counted once, by the first thing that stopped it. The same inputs, options and seed give the same file,
-byte for byte, whatever `--workers` and however often the run was stopped: finished inputs are kept beside `--out` and
-not read again. Memory does not grow with the inputs, but for 6 bytes a candidate, 20 an item drawn and a few kB an
-item held out; what is kept beside `--out` until the end takes about 2 kB of disk a candidate.
+Every record is counted once, by the first reason that left it out. The same inputs, options and seed give the same
+file, byte for byte, with any `--workers` and however often the run was stopped: finished inputs are stored beside
+`--out` and not read again. Memory does not grow with the inputs, but for 6 bytes a candidate, 20 an item drawn and a
+few kB an item held out. What is stored beside `--out` until the end takes about 2 kB of disk a candidate.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from pricing.curation.selection import EXACT, LEFT_OUT, NEAR, SPLITS, TRAIN, dra
 
 
 def write_items(candidates: Candidates, fate: np.ndarray, path: Path) -> None:
-    """The items with their split, in the order of the inputs, a few thousand at a time; fsynced."""
+    """Write the items with their split to `path`, in the order of the inputs, a few thousand at a time, and sync it."""
     schema = SCHEMA.append(pyarrow.field("split", pyarrow.string()))
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         for start, batch in candidates.batches(SCHEMA.names):
@@ -57,7 +57,7 @@ def write_items(candidates: Candidates, fate: np.ndarray, path: Path) -> None:
 
 
 def check(inputs: list[Path], out: Path, near: float, workers: int) -> None:
-    """Raises ValueError, in one line, for what would end the run later."""
+    """Raises ValueError, in one line, for options and inputs that would end the run later."""
     if out.suffix != ".parquet":
         raise ValueError(f"--out {out}: the name must end in .parquet")
     for path in (out, out.with_suffix(".json")):
@@ -85,10 +85,10 @@ def curate(
     workers: int = 1,
     strict: bool = False,
 ) -> dict:
-    """Write `out` and the .json beside it; returns what the .json holds, and `seconds` by stage.
+    """Write `out` and the .json beside it. Returns what the .json holds, and `seconds` by stage.
 
-    `near` is the least Jaccard similarity of near-duplicates (0 keeps them; the leak check then uses 0.8). Raises
-    ValueError, in one line, for inputs that cannot be read or nothing left to write, and with `strict` for the first
+    `near` is the least Jaccard similarity of near-duplicates (0 keeps them; the check for leaks then uses 0.8). Raises
+    ValueError, in one line, for inputs that cannot be read or if no item is left, and with `strict` for the first
     broken record.
     """
     check(inputs, out, near, workers)
@@ -118,7 +118,7 @@ def curate(
                 split(candidates, fate, preset.sizes, seed)
                 lap("draw and split")
                 if TRAIN not in fate:
-                    raise ValueError(f"no item is left to train on: {said_of(summary(candidates, fate, {}))}")
+                    raise ValueError(f"no item is left to train on: {reasons_of(summary(candidates, fate, {}))}")
                 leaking = find_leaks(candidates, fate, near or 0.8, leaks == "remove")
                 lap("leaks")
                 report = summary(candidates, fate, leaking)
@@ -134,7 +134,7 @@ def curate(
 
 
 def summary(candidates: Candidates, fate: np.ndarray, leaking: dict) -> dict:
-    """What became of all records, for the .json and the terminal."""
+    """The counts of all records, for the .json and the terminal."""
     counts, first = Counter(), {}
     for read in candidates.summaries:
         counts.update(read["counts"])
@@ -154,13 +154,15 @@ def summary(candidates: Candidates, fate: np.ndarray, leaking: dict) -> dict:
     }
 
 
-def said_of(report: dict) -> str:
-    """The reasons that left records out, in one line."""
+def reasons_of(report: dict) -> str:
+    """How many records were left out for each reason, in one line."""
     reasons = report["broken"] | report["rules"] | report["left_out"]
     return "; ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count) or "no candidates"
 
 
 def show(report: dict, near: float, remove: bool) -> None:
+    """Print the counts of a run"""
+
     def line(count: int, what: str, indent: str = "  ") -> None:
         print(f"{count:>13,}{indent}{what}")
 
@@ -190,7 +192,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("raw", type=Path, nargs="+", help="raw_meta_* files: .jsonl, .jsonl.gz or .parquet")
     parser.add_argument("--out", type=Path, required=True, help="the .parquet file to write; must not exist")
     parser.add_argument(
-        "--preset", default="second", choices=PRESETS, help="whose rules, see pricing/rules.py (default: second)"
+        "--preset", default="second", choices=PRESETS, help="the rules, see pricing/curation/rules.py (default: second)"
     )
     sizes = dict(type=int, nargs=3, metavar=("TRAIN", "VAL", "TEST"))
     parser.add_argument("--sizes", **sizes, help="items of each split (default: the preset's)")
@@ -227,7 +229,7 @@ def main(argv=None) -> None:
             raise ValueError(f"--seed must be 0 or more, not {args.seed}")
         report = curate(args.raw, args.out, preset, args.near, args.leaks, args.seed, args.workers, args.strict)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on behind the last finished input", file=sys.stderr)
+        print("\nstopped; the same command goes on, without the inputs that are finished", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         if os.environ.get("DEBUG"):

@@ -1,17 +1,17 @@
 """Near-duplicates: texts that share most of their words in the same order.
 
 Two texts are near-duplicates when the Jaccard similarity of their shingles, |A and B| / |A or B|, is at least a
-threshold. A shingle is a pair of neighbouring words (lower case, punctuation apart), kept as a 32-bit hash. In a text
-of 100 words one changed word changes two shingles, so 0.8 allows five of them.
+threshold. A shingle is a pair of neighbouring words (lower case, without punctuation), stored as a 32-bit hash. In a
+text of 100 words one changed word changes two shingles, so 0.8 allows five of them.
 
-Comparing all pairs of a million texts is out of the question. Among all candidates (`drop_near`) it is done by MinHash
-(Broder 1997), by datasketch. Under a random order of all shingles the smallest of A and the smallest of B are the same
-with probability J(A, B). With `bands` bands of `rows` such minima each, two texts meet when a whole band agrees, with
-probability 1 - (1 - J^rows)^bands, at the threshold 0.999 or more (see `bands_for`). Texts that meet are compared by
-their shingles, so nothing goes that is no near-duplicate, and at most one pair in a thousand at the threshold is
+Comparing all pairs of a million texts would take too long. Among all candidates (`drop_near`) MinHash (Broder 1997, by
+datasketch) finds the pairs to compare. In a random order of all shingles the smallest of A and the smallest of B are the
+same with probability J(A, B). With `bands` bands of `rows` such minima each, two texts meet when a whole band agrees;
+the probability is 1 - (1 - J^rows)^bands, at the threshold 0.999 or more (see `bands_for`). Texts that meet are compared
+by their shingles, so only near-duplicates are dropped. Of the pairs at the threshold at most one in a thousand is
 missed, fewer above it.
 
-Between training and held-out items the search is exact, see pricing/leaks.py.
+Between training and held-out items the search is exact, see leaks.py.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,17 +20,17 @@ from zlib import crc32
 
 import numpy as np
 
-# A byte's place in a word: ASCII letters in lower case, digits, and all bytes of other scripts; the rest is space.
+# What a byte becomes in a word: ASCII letters lower case; digits and all bytes above 127 the same; the rest a space.
 WORD_BYTES = bytes(c if chr(c).isalnum() or c >= 128 else 32 for c in range(256)).lower()
 MIXERS = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)  # of splitmix64
-MOST_HASHES = 128  # minima of a text: more find no more, and cost more
-COMPARED = 16  # texts of one bucket that the others of it are compared with
+MOST_HASHES = 128  # minima of a text at most; more would cost more and find hardly any more
+COMPARED = 16  # texts of one bucket at most that the others of it are compared with
 BUCKET_ROWS = 1 << 18  # candidates sorted at a time, so that memory does not grow with them
 
 
 def mix(values: np.ndarray, seed: int = 0) -> np.ndarray:
-    """64 bits that look random, the same for the same value and seed: the finaliser of splitmix64."""
-    values = values + MIXERS[:1] * np.uint64(seed + 1)  # arrays, not scalars: they wrap round without a warning
+    """A hash of 64 bits of each value and the seed: the finaliser of splitmix64."""
+    values = values + MIXERS[:1] * np.uint64(seed + 1)  # arrays, not scalars: their overflow gives no warning
     values = (values ^ (values >> np.uint64(30))) * MIXERS[1]
     values = (values ^ (values >> np.uint64(27))) * MIXERS[2]
     return values ^ (values >> np.uint64(31))
@@ -42,9 +42,10 @@ def words_in(text: str) -> list[bytes]:
 
 
 def shingles_of(texts: list[list[bytes]], single: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """The sets of some texts, given as their words: (all shingles one after the other, how many each text has).
+    """The sets of shingles of texts, given as their words: (all shingles, text after text, uint32; how many each has).
 
-    A set is sorted, each a uint32 hash of a pair of neighbours; of a word itself if `single`, or if it is the only one.
+    A set is sorted. A shingle is the hash of a pair of neighbouring words; with `single`, or in a text of one word, of
+    the word itself.
     """
     lengths = np.array([len(words) for words in texts], np.int64)
     hashes = np.fromiter(map(crc32, chain.from_iterable(texts)), np.uint32, lengths.sum())
@@ -62,18 +63,19 @@ def shingles_of(texts: list[list[bytes]], single: bool = False) -> tuple[np.ndar
 
 
 def parts(shingles: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
-    """The set of each text"""
+    """The set of each text, from what `shingles_of` returns"""
     ends = np.cumsum(sizes).tolist()
     return [shingles[end - size : end] for end, size in zip(ends, sizes.tolist())]
 
 
 def check_threshold(threshold: float) -> None:
+    """Raises ValueError for a threshold outside 0.3 to 1."""
     if not 0.3 <= threshold <= 1:
         raise ValueError(f"near-duplicates share 0.3 to 1 of their pairs of words, not {threshold}")
 
 
 def similar(one: np.ndarray, other: np.ndarray, threshold: float) -> bool:
-    """|A and B| >= threshold * |A or B|; a text without shingles is like no other."""
+    """|A and B| >= threshold * |A or B|; False for a text without shingles."""
     less, more = sorted((len(one), len(other)))
     if not less or less < threshold * more - 1e-9:
         return False
@@ -82,8 +84,8 @@ def similar(one: np.ndarray, other: np.ndarray, threshold: float) -> bool:
 
 
 def bands_for(threshold: float) -> tuple[int, int]:
-    """(bands, rows): the longest bands of at most MOST_HASHES minima in all which two texts at the threshold share one
-    of with probability 0.999: 1 - (1 - threshold^rows)^bands. Raises ValueError for a threshold outside 0.3 to 1."""
+    """(bands, rows): the longest bands, at most MOST_HASHES minima in all, with which two texts at the threshold share
+    a band with probability 1 - (1 - threshold^rows)^bands >= 0.999. Raises ValueError for one outside 0.3 to 1."""
     check_threshold(threshold)
     for rows in range(16, 0, -1):
         missed = max(1 - threshold**rows, 1e-9)  # by one band
@@ -93,11 +95,11 @@ def bands_for(threshold: float) -> tuple[int, int]:
 
 
 def band_keys(sets: list[np.ndarray], threshold: float, seed: int) -> np.ndarray:
-    """(texts, bands) of uint64: two texts with the same key in a column meet there."""
-    bands, rows = bands_for(threshold)
-    # Shingles are hashes already; a whole array passes for one value, which spares a call for each of its hashes.
-    from datasketch import MinHash  # here: pricing items needs no such library
+    """(texts, bands) uint64: where two texts have the same key in a column, they share that band."""
+    from datasketch import MinHash  # imported here: nothing but curation needs this library
 
+    bands, rows = bands_for(threshold)
+    # Shingles are hashes already. datasketch is given a whole array as one value, which saves a call for each hash.
     minhash = MinHash(num_perm=bands * rows, seed=seed % (1 << 32), hashfunc=lambda hashes: hashes)
     minima = np.empty((len(sets), bands * rows), np.uint64)
     for row, shingles in enumerate(sets):
@@ -113,27 +115,27 @@ def band_keys(sets: list[np.ndarray], threshold: float, seed: int) -> np.ndarray
 
 
 def buckets(keys: Iterable[tuple[int, np.ndarray]], fate: np.ndarray) -> Iterator[np.ndarray]:
-    """Candidates, in order, of each key that two or more hold. `keys` yields (first candidate, its and the next keys)
-    and is read several times over; those whose `fate` is not 0 are passed over."""
+    """For each key that two or more candidates have: those candidates, in order. `keys` yields (first candidate, the
+    keys of it and the next ones) and is iterated several times. Candidates whose `fate` is not 0 are left out."""
     passes = -(-len(fate) // max(BUCKET_ROWS, len(fate) // 16))
     for number in range(passes):
-        chosen, held = [], []
+        chosen, hashes = [], []
         for start, chunk in keys:
             here = np.flatnonzero((fate[start : start + len(chunk)] == 0) & (chunk % np.uint64(passes) == number))
             chosen.append(here + start)
-            held.append(chunk[here])
-        chosen, held = np.concatenate(chosen), np.concatenate(held)
-        order = np.argsort(held, kind="stable")
-        chosen, held = chosen[order], held[order]
-        starts = np.flatnonzero(np.concatenate([[True], held[1:] != held[:-1]])) if len(held) else []
-        lengths = np.diff(starts, append=len(held))
+            hashes.append(chunk[here])
+        chosen, hashes = np.concatenate(chosen), np.concatenate(hashes)
+        order = np.argsort(hashes, kind="stable")
+        chosen, hashes = chosen[order], hashes[order]
+        starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]])) if len(hashes) else []
+        lengths = np.diff(starts, append=len(hashes))
         for start, length in zip(starts, lengths):
             if length > 1:
                 yield chosen[start : start + length]
 
 
 def drop_exact(keys: Iterable, fate: np.ndarray, mark: int) -> int:
-    """Set the fate of each candidate whose key an earlier one holds; returns how many."""
+    """Set the fate of each candidate whose key an earlier one has to `mark`; returns how many."""
     dropped = 0
     for rows in buckets(keys, fate):
         fate[rows[1:]] = mark
@@ -142,20 +144,20 @@ def drop_exact(keys: Iterable, fate: np.ndarray, mark: int) -> int:
 
 
 def drop_near(columns: Iterable[Iterable], shingles, threshold: float, fate: np.ndarray, mark: int) -> int:
-    """Set the fate of each candidate that is a near-duplicate of an earlier one not yet gone; returns how many.
+    """Set the fate of each candidate that is a near-duplicate of an earlier one still open to `mark`; returns how many.
 
-    `columns` are the bands' keys, `shingles(candidate)` gives its set. Of a bucket with many texts unlike each other,
-    only the first COMPARED are compared with the rest.
+    `columns` are the bands' keys, `shingles(candidate)` gives its set. Of a bucket with many different texts, only the
+    first COMPARED are compared with the rest.
     """
     dropped = 0
     for keys in columns:
         for rows in buckets(keys, fate):
-            kept = []
+            staying = []
             for row in rows:
                 own = shingles(row)
-                if any(similar(own, other, threshold) for other in kept):
+                if any(similar(own, other, threshold) for other in staying):
                     fate[row] = mark
                     dropped += 1
-                elif len(kept) < COMPARED:
-                    kept.append(own)
+                elif len(staying) < COMPARED:
+                    staying.append(own)
     return dropped

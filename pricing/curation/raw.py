@@ -1,7 +1,7 @@
-"""Raw files in, sifted blocks out: the first stage of `pricing.curation`, worked on by several processes.
+"""The first stage of curation, done by several processes: raw files in, and the records that pass the rules out.
 
-A file is read in blocks of a few megabytes, never whole. `sift`, in a worker, turns a block into a `Block`: its records
-counted by what became of them, and of those that pass the rules the columns of an item, the shingles and the keys.
+A file is read in blocks of a few megabytes, never whole. `sift`, in a worker, turns a block into a `Block`: how many
+records were left out for each reason, and for those that pass the rules an item's columns, the shingles and the keys.
 """
 
 import gzip
@@ -35,16 +35,16 @@ NEEDED = ["title", "price"]
 
 @dataclass(frozen=True)
 class Options:
-    """What decides a candidate, beside its record."""
+    """What a candidate depends on, beside its record."""
 
     preset: Preset
-    near: float  # least Jaccard similarity of near-duplicates; 0: they are not looked for
+    near: float  # least Jaccard similarity of near-duplicates; 0: they are not searched
     seed: int
 
 
 @dataclass
 class Block:
-    """What became of some records of one file."""
+    """The result of `sift` for some records of one file."""
 
     records: int = 0
     counts: Counter = field(default_factory=Counter)  # records left out, by reason
@@ -56,15 +56,16 @@ class Block:
 
 
 def category_of(path: Path) -> str:
-    """From `meta_Appliances.jsonl.gz` or `raw_meta_Appliances/full-00000-of-00001.parquet`; else empty."""
+    """Appliances of `meta_Appliances.jsonl.gz` or `raw_meta_Appliances/full-00000-of-00001.parquet`; else ''."""
     for name in (path.name, path.parent.name):
-        if found := re.match(r"(?:raw_)?meta_([A-Za-z_]+)", name):
-            return category_name(found[1])
+        if match := re.match(r"(?:raw_)?meta_([A-Za-z_]+)", name):
+            return category_name(match[1])
     return ""
 
 
 def check_input(path: Path) -> None:
-    """Raises ValueError in one line for what can be known before hours of work: no file, another kind, no columns."""
+    """Raises ValueError, in one line, for a file that is missing, of another kind or without the columns NEEDED: before
+    hours of work, not after."""
     if not path.is_file():
         raise ValueError(f"{path} {'is a directory: name the files in it' if path.is_dir() else 'does not exist'}")
     if not path.name.lower().endswith((".jsonl", ".jsonl.gz", ".parquet")):
@@ -82,7 +83,7 @@ def blocks_of(path: Path) -> Iterator[bytes | pyarrow.RecordBatch]:
     """Whole lines, about BLOCK_BYTES at a time, or batches of a Parquet file. Raises ValueError where it is damaged."""
     if path.suffix.lower() == ".parquet":
         try:
-            file = pyarrow.parquet.ParquetFile(path, pre_buffer=False)  # else it is held in memory whole
+            file = pyarrow.parquet.ParquetFile(path, pre_buffer=False)  # otherwise the whole file is kept in memory
             columns = [name for name in COLUMNS if name in file.schema_arrow.names]
             yield from file.iter_batches(BLOCK_RECORDS, columns=columns, use_threads=False)
         except (pyarrow.ArrowException, OSError) as error:
@@ -106,13 +107,13 @@ def blocks_of(path: Path) -> Iterator[bytes | pyarrow.RecordBatch]:
             else:
                 rest += read
                 if len(rest) > LONGEST_LINE:
-                    raise ValueError(f"{path} has a line of more than {LONGEST_LINE >> 20} MiB: it is no JSONL")
+                    raise ValueError(f"{path} has a line of more than {LONGEST_LINE >> 20} MiB: it is not JSONL")
         if rest:
             yield rest
 
 
 def parse(block: bytes | pyarrow.RecordBatch) -> Iterator:
-    """The records of a block; NO_JSON where a line is none. Empty lines are no records."""
+    """The records of a block; NO_JSON for a line that is not JSON. Empty lines do not count."""
     if isinstance(block, pyarrow.RecordBatch):
         yield from block.to_pylist()
         return
@@ -125,11 +126,12 @@ def parse(block: bytes | pyarrow.RecordBatch) -> Iterator:
 
 
 def hash_of(words: list[bytes]) -> int:
+    """64 bits of a hash of a text's words"""
     return int.from_bytes(hashlib.blake2b(b" ".join(words), digest_size=8).digest(), "little")
 
 
 def sift(block: bytes | pyarrow.RecordBatch, category: str, options: Options) -> Block:
-    """The rules on each record, then shingles and keys of those that pass. Runs in a worker."""
+    """Apply the rules to each record; shingles and keys of those that pass. Runs in a worker."""
     result, texts, hashes = Block(), [], []
     for record in parse(block):
         result.records += 1
@@ -143,7 +145,7 @@ def sift(block: bytes | pyarrow.RecordBatch, category: str, options: Options) ->
             result.first.setdefault(reason, result.records)
             continue
         row = (clean(record.get("parent_asin")) or f":{result.records}", title, text, its_category)
-        # Half a surrogate pair, legal in JSON, is no text that can be written.
+        # Half a surrogate pair, which JSON allows, cannot be encoded: it becomes a question mark.
         result.rows.append((*(part.encode(errors="replace").decode() for part in row), price))
         texts.append(words_in(text))
         hashes.append((hash_of(texts[-1]), hash_of(words_in(title))))
@@ -156,13 +158,13 @@ def sift(block: bytes | pyarrow.RecordBatch, category: str, options: Options) ->
 
 
 def start_worker() -> None:
-    """Leave Ctrl-C, which reaches the workers too, to the first process, and end when that is gone, even if killed."""
+    """Ignore Ctrl-C, which the first process handles, and end when that process has ended, even if it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def sifted(path: Path, options: Options, pool: ProcessPoolExecutor | None, ahead: int) -> Iterator[Block]:
-    """The blocks of a file in order, worked on by the pool, at most `ahead` at a time, or here if there is none."""
+    """`sift` of the blocks of a file, in order: by the pool, at most `ahead` of them at a time, or here if there is none."""
     blocks, category = blocks_of(path), category_of(path)
     if pool is None:
         yield from (sift(block, category, options) for block in blocks)

@@ -16,8 +16,8 @@ editions of the reference project curate it in two ways:
                                                                 Automotive x 0.05
     splits           400,000 train, 2,000 test                  800,000 train, 10,000 val, 10,000 test
 
-`second-lite` is `second` with 20,000, 1,000 and 1,000. The second edition has a language model rewrite each text; here
-nobody does, so its five lines hold the record's own words. Tokens are counted without a tokeniser, see `token_rule`.
+`second-lite` is `second` with 20,000, 1,000 and 1,000. In the second edition a language model rewrites each text; here
+the five lines are the record's own words. Tokens are counted without a tokeniser, see `token_rule`.
 """
 
 import json
@@ -30,39 +30,39 @@ import numpy as np
 
 from pricing.data.items import clean, parse_price
 
-# Records that are broken, and records that are sound but break a rule. The first reason that fits is the one counted.
-NO_JSON, NO_OBJECT = "records that are no JSON", "records that are no object"
+# Why a record is left out: it is broken (BAD), or it breaks a rule (RULES). The first reason that applies is counted.
+NO_JSON, NO_OBJECT = "records that are not JSON", "records that are not an object"
 NO_FIELD, NO_TITLE = "records that lack the field `price`", "records without a title"
-UNREADABLE, WRONG_KIND = "records with an unreadable price", "records whose fields are of another kind"
+UNREADABLE, WRONG_KIND = "records with an unreadable price", "records with fields of another type"
 BAD = (NO_JSON, NO_OBJECT, NO_FIELD, NO_TITLE, UNREADABLE, WRONG_KIND)
 NO_PRICE, OUTSIDE = "without a price", "with a price outside $0.50 to $999.49"
 FEW_CHARACTERS, FEW_TOKENS = "with too few characters", "with too few tokens"
 RULES = (NO_PRICE, OUTSIDE, FEW_CHARACTERS, FEW_TOKENS)
 
-# The second edition's pattern, to the letter. Its lookaheads scan to the end of the line, so a run of capitals alone
-# or of digits alone goes too where the other kind follows anywhere behind it.
+# The second edition's pattern, unchanged. Its lookaheads scan to the end of the line, so a run of only capitals or
+# only digits matches too if the other kind follows anywhere after it.
 PART_NUMBER = re.compile(r"\b(?=[A-Z0-9]{7,}\b)(?=.*[A-Z])(?=.*\d)[A-Z0-9]+\b")
-SEVEN = re.compile(r"[A-Z0-9]{7}")  # a cheap look before it
+SEVEN = re.compile(r"[A-Z0-9]{7}")  # a cheap test before PART_NUMBER
 DIGIT = re.compile(r"\d")
 BRACKETS = {ord(character): " " for character in ':[]"{}【】'}
-# Details that say nothing of the product: entries dropped whole (second), words dropped from their names (first).
+# Details that do not describe the product: entries that are dropped (second), words dropped from names (first).
 DROPPED = ("Part Number", "Best Sellers Rank", "Batteries Included?", "Batteries Required?", "Item model number")
 BATTERIES = ("Batteries Included?", "Batteries Required?")
 NAMES = re.compile(r"By Manufacturer|Best Sellers|Date First|Package|Number of|Number|Product |Item")
-# What a tokeniser of Llama 3's kind makes of English, near enough: up to eight letters or a run of punctuation, with
-# the space before; three digits; a space before digits; a line end; a letter that is not Latin.
+# About the tokens that a tokeniser such as Llama 3's gives for English: up to eight letters or a run of punctuation,
+# with the space before; three digits; a space before digits; a line end; a letter that is not Latin.
 LATIN = "A-Za-z\xc0-\u024f"
 TOKEN = rf"(?> ?+[{LATIN}]{{1,8}}+|[0-9]{{1,3}}+| ?+[^A-Za-z0-9\s\xc0-\U0010ffff]++|[ \n\u0250-\U0010ffff])"
 
 
 class Rejected(Exception):
-    """A record is no item; the argument is the reason, one of BAD or RULES."""
+    """A record is left out; the argument is the reason, one of BAD or RULES."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One edition's rules. `write` makes the text of a record or raises Rejected; `least_tokens` to `most_tokens`
-    bound it."""
+    """One edition's rules. `write(record, category)` gives the text of a record or raises Rejected; it must have
+    `least_tokens` and is cut at `most_tokens`."""
 
     write: Callable[[dict, str], str]
     least_tokens: int
@@ -88,7 +88,7 @@ def words_of(value) -> str:
 
 
 def lines_of(record: dict, name: str) -> list[str]:
-    """`description` or `features`. Raises Rejected where it is no list of strings."""
+    """The lines of `description` or `features`. Raises Rejected where it is not a list of strings."""
     value = record.get(name)
     lines = [value] if isinstance(value, str) else value or []
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
@@ -97,7 +97,7 @@ def lines_of(record: dict, name: str) -> list[str]:
 
 
 def details_of(record: dict) -> dict:
-    """`details`, which Parquet files hold as a string of JSON. Raises Rejected where it is no object."""
+    """`details`, which in Parquet files is a string of JSON. Raises Rejected where it is not an object."""
     value = record.get("details")
     if isinstance(value, str):
         try:
@@ -106,38 +106,40 @@ def details_of(record: dict) -> dict:
             raise Rejected(WRONG_KIND) from None
     if not isinstance(value or {}, dict):
         raise Rejected(WRONG_KIND)
-    return {name: said for name, said in (value or {}).items() if said is not None}
+    return {name: entry for name, entry in (value or {}).items() if entry is not None}
 
 
 def write_first(record: dict, category: str) -> str:
-    """Title, then description, features and details. Raises Rejected for 300 characters or fewer without the title."""
+    """The first edition's text: title, then description, features and details. Raises Rejected for 300 characters or
+    fewer without the title."""
 
     def scrub(text: str) -> str:
         words = text.translate(BRACKETS).split()
         return " ".join([w for w in words if len(w) < 7 or w.isalpha() or not DIGIT.search(w)])
 
     details = details_of(record)
-    said = [f"{NAMES.sub('', name)} {words_of(value)}" for name, value in details.items() if name not in BATTERIES]
-    parts = [*lines_of(record, "description"), *lines_of(record, "features"), ", ".join(said)]
+    entries = [f"{NAMES.sub('', name)} {words_of(value)}" for name, value in details.items() if name not in BATTERIES]
+    parts = [*lines_of(record, "description"), *lines_of(record, "features"), ", ".join(entries)]
     contents = "\n".join(part for part in parts if part)
     if len(contents) <= 300:
         raise Rejected(FEW_CHARACTERS)
-    return f"{scrub(record['title'])}\n{scrub(contents[: 160 * 7])}"  # no need to read on: 7 characters are a token
+    return f"{scrub(record['title'])}\n{scrub(contents[: 160 * 7])}"  # enough for 160 tokens
 
 
 def write_second(record: dict, category: str) -> str:
-    """Five labelled lines. Raises Rejected below 600 characters of title, description, features and details."""
+    """The second edition's text: five labelled lines. Raises Rejected below 600 characters of title, description,
+    features and details."""
     details = {name: value for name, value in details_of(record).items() if name not in DROPPED}
-    said = "; ".join(f"{name}: {words_of(value)}" for name, value in details.items())
-    parts = [record["title"], *(" ".join(lines_of(record, name)) for name in ("description", "features")), said]
+    entries = "; ".join(f"{name}: {words_of(value)}" for name, value in details.items())
+    parts = [record["title"], *(" ".join(lines_of(record, name)) for name in ("description", "features")), entries]
     parts = [" ".join(part.split())[:3000] for part in parts]
     parts = [" ".join(PART_NUMBER.sub("", part).split()) if SEVEN.search(part) else part for part in parts]
-    if sum(map(len, parts)) + sum(map(bool, parts)) - 1 < 600:  # with a line end between any two
+    if sum(map(len, parts)) + sum(map(bool, parts)) - 1 < 600:  # with line ends between them
         raise Rejected(FEW_CHARACTERS)
-    title, description, features, said = parts
+    title, description, features, entries = parts
     brand = clean(record.get("store")) or clean(details.get("Brand"))
     labelled = dict(Title=title, Category=category, Brand=brand, Description=f"{description} {features}".strip())
-    return "\n".join(f"{label}: {part}" for label, part in (labelled | {"Details": said}).items() if part)
+    return "\n".join(f"{label}: {part}" for label, part in (labelled | {"Details": entries}).items() if part)
 
 
 @lru_cache
@@ -146,15 +148,15 @@ def token_rule(least: int, most: int) -> re.Pattern:
 
     A token is a match of TOKEN. Beside the tokeniser cl100k_base, on which Llama 3's is built, this counts 0.96 of the
     tokens on 15,489 texts of pc-parts, 0.95 on 5,000 of the catalogue, 1.04 on descriptions of Python packages and 1.10
-    on their licences; for nine texts of ten of each kind the ratio is from 0.81 to 1.18. Words other than English or
-    numbers take more tokens than it says.
+    on their licences; for nine texts of ten of each kind the ratio is from 0.81 to 1.18. Words that are neither English nor numbers take more
+    tokens than it counts.
     """
     return re.compile(f"{TOKEN}{{{least},{most}}}+")
 
 
 def item_of(record, preset: Preset, category: str) -> tuple[str, str, float, str]:
-    """(title, text, price in dollars, category) of a raw record. `category`, the file's, stands before the record's
-    own `main_category`. Raises Rejected with the reason."""
+    """(title, text, price in dollars, category) of a raw record. `category` is the file's; where it is empty, the
+    record's `main_category` is used. Raises Rejected with the reason."""
     if not isinstance(record, dict):
         raise Rejected(NO_OBJECT)
     if "price" not in record:

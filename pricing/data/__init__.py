@@ -1,1 +1,1 @@
-"""Items: where they come from, what is asked about them, how they are packed into batches."""
+"""Items: their sources, the prompt around their text, and how they are packed into batches."""

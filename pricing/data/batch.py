@@ -1,10 +1,10 @@
 """Batches: whole items packed one after another into a fixed number of tokens, with the positions that carry the loss.
 
-    python -m pytest tests/test_pricing.py -k batch
+    python -m pytest tests/pricing/test_batch.py
 
-Between items there is no padding; behind the last, filler sequences (which nothing else sees) make up what is
-missing. Every array of every batch then has the same size, whatever was packed: a GPU can replay one recorded step
-(engine.py), and on a CPU the memory of one step fits the next.
+There is no padding between items. After the last one, filler sequences, which no item attends to, fill the batch up.
+So every array of every batch has the same size, whatever was packed: a GPU can replay one recorded step
+(fast/graph.py), and on a CPU the next step reuses the memory of the last.
 """
 
 import math
@@ -16,7 +16,7 @@ import numpy as np
 
 from pricing.data.prompt import Example
 
-OPEN = 16  # batches being filled at a time; more fill better, and mix neighbours of the shuffled order a little more
+OPEN = 16  # batches being filled at a time; more need less filler, but keep less of the shuffled order
 
 
 @dataclass(frozen=True)
@@ -24,20 +24,21 @@ class Shape:
     """The sizes that all batches of a run share."""
 
     tokens: int  # N, filler included
-    items: int  # at most
-    longest: int  # tokens of the longest sequence, T
-    answers: int  # M, supervised positions at most
+    items: int  # in a batch, at most
+    longest: int  # T, tokens of the longest sequence
+    answers: int  # M, supervised positions in a batch, at most
 
     @property
     def sequences(self) -> int:
-        """S: items, and the filler cut into pieces no longer than the longest item"""
+        """S, sequences at most: the items, and the filler cut into pieces no longer than the longest item"""
         return self.items + self.tokens // self.longest + 1
 
 
 @dataclass
 class Batch:
-    """The logits at packed index `at[i]` predict `targets[i]`, one place further on. Beyond what was packed, `at` is 0,
-    `targets` is -100 (no loss) and sequences are filler, then empty."""
+    """Packed items. The logits at packed index `at[i]` predict `targets[i]`, the token after it. Where fewer than M
+    positions are supervised, the rest of `at` is 0 and of `targets` -100 (no loss); after the items' sequences come the
+    filler's, then empty ones."""
 
     tokens: np.ndarray  # (N,)
     positions: np.ndarray  # (N,) place within the sequence, from 0
@@ -46,24 +47,31 @@ class Batch:
     at: np.ndarray  # (M,) index of the token before each answer token
     targets: np.ndarray  # (M,) the answer tokens
     rows: int  # sequences that are not empty, filler included
+    longest: int  # T, Shape.longest
     examples: list[Example]  # what it was packed from
-    real_tokens: int  # read, filler not counted
+    real_tokens: int  # without the filler
+
+    def arrays(self) -> dict[str, np.ndarray | int]:
+        """What a training step reads, beside what the loss prepares: arrays tokens, positions, slots (N,), at (M,), and
+        edges (S + 1,) as int32; ints rows and longest."""
+        arrays = {name: getattr(self, name) for name in ("tokens", "positions", "slots", "at")}
+        return arrays | {"edges": self.edges.astype(np.int32), "rows": self.rows, "longest": self.longest}
 
 
 def shape_of(examples: list[Example], budget: int) -> Shape:
-    """Raises ValueError where an item alone does not fit into `budget` tokens."""
+    """The shape of all batches of `examples`, each of `budget` tokens. Raises ValueError for an item that is longer."""
     lengths = [len(e.prompt) + len(e.answer) - 1 for e in examples]
     longest = max(lengths)
     if longest > budget:
         raise ValueError(f"an item of {longest} tokens does not fit into --batch-tokens {budget}; raise it")
-    # Short items could come together by the dozen; a bound near what is usual keeps the arrays small.
+    # Many short items could meet in one batch; a bound a little above the usual number keeps the arrays small.
     items = min(len(examples), math.ceil(1.25 * budget / (sum(lengths) / len(lengths))))
     return Shape(budget, items, longest, items * max(len(e.answer) for e in examples))
 
 
 def pack(examples: list[Example], shape: Shape) -> Batch:
-    """Raises ValueError where the examples exceed the shape."""
-    # The last answer token is predicted but predicts nothing: it need not be read.
+    """One batch of these examples, in their order. Raises ValueError where they exceed the shape."""
+    # The last answer token is predicted but predicts nothing, so it is not read.
     pieces = [example.prompt + example.answer[:-1] for example in examples]
     lengths = [len(piece) for piece in pieces]
     supervised = sum(len(example.answer) for example in examples)
@@ -88,17 +96,19 @@ def pack(examples: list[Example], shape: Shape) -> Batch:
         )
         targets[:supervised] = np.concatenate([e.answer for e in examples])
     slots = np.repeat(np.arange(len(lengths)), lengths) * shape.longest + positions
-    rows, real_tokens = len(lengths), shape.tokens - missing
-    return Batch(tokens, positions, edges, slots, at, targets, rows, examples, real_tokens)
+    return Batch(
+        tokens, positions, edges, slots, at, targets,
+        rows=len(lengths), longest=shape.longest, examples=examples, real_tokens=shape.tokens - missing,
+    )  # fmt: skip
 
 
-def plan(examples: list[Example], shape: Shape, seed: int, epoch: int) -> list[list[int]]:
-    """Which items make up each batch of an epoch: a seeded shuffle, each item put into the first of OPEN batches that
-    has room for it. Every item once; the last batches are short rather than dropped."""
+def pack_epoch(examples: list[Example], shape: Shape, seed: int, epoch: int) -> list[list[int]]:
+    """The items (indices) of each batch of an epoch: shuffled by the seed, then each put into the first of OPEN batches
+    that has room for it. Every item comes once; batches that do not get full are kept."""
     order = list(range(len(examples)))
     shuffle = random.Random(f"{seed}:{epoch}")
     shuffle.shuffle(order)
-    done, filling = [], []  # filling: [tokens left, items]
+    full, filling = [], []  # filling: [tokens left, items]
     for index in order:
         size = len(examples[index].prompt) + len(examples[index].answer) - 1
         for box in filling:
@@ -108,39 +118,39 @@ def plan(examples: list[Example], shape: Shape, seed: int, epoch: int) -> list[l
             if len(filling) == OPEN:
                 fullest = min(filling, key=lambda box: box[0])
                 filling.remove(fullest)
-                done.append(fullest[1])
+                full.append(fullest[1])
             box = [shape.tokens, []]
             filling.append(box)
         box[0] -= size
         box[1].append(index)
-    done += [items for _, items in filling]
-    shuffle.shuffle(done)  # else the short ones would all come last
-    return done
+    full += [items for _, items in filling]
+    shuffle.shuffle(full)  # otherwise those with much filler would all come last
+    return full
 
 
 def batches(examples: list[Example], shape: Shape, seed: int, start: int = 0) -> Iterator[list[Example]]:
     """The examples of one batch after another, epoch after epoch, without end.
 
-    `start` skips that many batches, so that a resumed run sees what an unbroken one would.
+    `start` skips that many batches: a resumed run goes on with the batches that it had not seen yet.
     """
     epoch = 0
     while True:
-        planned = plan(examples, shape, seed, epoch)
-        for items in planned[start:]:
+        packed = pack_epoch(examples, shape, seed, epoch)
+        for items in packed[start:]:
             yield [examples[i] for i in items]
-        start, epoch = max(0, start - len(planned)), epoch + 1
+        start, epoch = max(0, start - len(packed)), epoch + 1
 
 
 def count_batches(examples: list[Example], shape: Shape, seed: int, epochs: float) -> int:
-    """How many batches `epochs` passes take; a part of an epoch counts by its share of batches."""
+    """How many batches `epochs` passes take; 0.5 of an epoch is half of its batches, rounded up."""
     whole, part = divmod(epochs, 1)
-    sizes = [len(plan(examples, shape, seed, epoch)) for epoch in range(math.ceil(epochs))]
+    sizes = [len(pack_epoch(examples, shape, seed, epoch)) for epoch in range(math.ceil(epochs))]
     return sum(sizes[: int(whole)]) + (math.ceil(part * sizes[-1]) if part else 0)
 
 
-def by_length(prompts: list[list[int]], budget: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length and at most `budget` tokens, longest first: the largest batch meets the
-    memory limit at once, not at the end. At least one prompt a batch."""
+def length_batches(prompts: list[list[int]], budget: int) -> Iterator[list[int]]:
+    """Indices of the prompts in batches of similar length, each of at least one prompt and at most `budget` tokens,
+    padding included. Longest first: if memory is short, the first batch shows it, not the last."""
     chosen: list[int] = []
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
         if chosen and (len(chosen) + 1) * len(prompts[chosen[0]]) > budget:

@@ -1,7 +1,7 @@
 """The built-in data set `catalogue`: made-up products with a known price formula and known noise.
 
-    python -m pricing.catalogue 5             # prints five items, one JSON object a line
-    python -m pricing.catalogue 5 --seed 1    # five others
+    python -m pricing.data.catalogue 5             # prints five items, one JSON object a line
+    python -m pricing.data.catalogue 5 --seed 1    # five others
 
 Real listings hide what a product is worth, so nobody can say how good a model could be. Here every item is drawn from
 the tables below and priced by
@@ -10,9 +10,10 @@ the tables below and priced by
                  * material * brand * each feature * count ** 0.85                  US dollars
     price      = fair_price * exp(SIGMA * z),  z ~ N(0, 1)                          US dollars, rounded to cents
 
-and every factor is named in the title or the description: a pack that is not mentioned is a single piece, a feature
-that is not mentioned is absent. Colours, warranties and shop phrases do not move the price. A perfect reader recovers
-fair_price, the median of price given the text, and still errs by `least_error(fair_price)` dollars: the floor.
+and every factor is named in the title or the description: an item without a pack in its text is a single piece, and a
+feature that is not in the text is absent. Colours, warranties and shop phrases do not change the price. A perfect
+reader recovers fair_price, the median of price given the text, and is still off by `least_error(fair_price)` dollars on
+average: the least reachable error.
 
 Item 340 of seed 0 is "Canvas backpack (25-litre) in navy", described as
 "Dunvale / with swivel wheels, rain cover / navy". Step by step:
@@ -23,8 +24,8 @@ Item 340 of seed 0 is "Canvas backpack (25-litre) in navy", described as
     a single piece                                           40.97 * 1 ** 0.85          = 40.97  fair_price
     and the noise, z = -0.464                                40.97 * exp(0.15 * z)      = 38.21  price
 
-The same (seed, i) gives the same item on every machine and Python: all draws come from `Random.random()`, the one
-method whose sequence Python promises to keep, and item i has a generator of its own, so it does not depend on n.
+The same (seed, i) gives the same item on every machine and Python version: all draws come from `Random.random()`, the
+only method whose sequence Python promises to keep, and each item has its own generator, so it does not depend on n.
 """
 import argparse
 import json
@@ -38,7 +39,7 @@ SIGMA = 0.15                    # standard deviation of log(price / fair_price)
 PACK_SHARE = 0.20               # of the items that can come in packs
 PACK_POWER = 0.85               # a pack of six costs 6 ** 0.85 = 4.6 times one piece
 FAIR_RANGE = (3.0, 600.0)       # dollars; draws outside are drawn again. 600 leaves 3.4 sigma up to the upper bound
-PRICE_RANGE = (0.50, 999.49)    # dollars; the bounds of every data set here
+PRICE_RANGE = (0.50, 999.49)    # dollars; the same for every data set
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Category:
 
 @dataclass(frozen=True)
 class Factors:
-    """All that decides an item's fair price: keys into the tables, and two numbers."""
+    """What decides an item's fair price: keys into the tables, and two numbers."""
     category: str
     brand: str
     noun: str
@@ -171,7 +172,7 @@ CATEGORIES = {
 FACTS = {"brand", "size", "material", "features", "pack", "colour", "warranty", "shop"}
 COUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 10: "ten", 12: "twelve"}
 PACKS = ("{n}-pack", "pack of {n}", "set of {n}", "pack of {word}", "set of {word}", "box of {n}", "bundle of {word}")
-CHATTER = {                     # does not move the price
+CHATTER = {                     # does not change the price
     "colour": ("black", "white", "grey", "navy", "teal", "crimson", "olive", "mustard", "lilac", "sand", "sky blue",
                "sage green", "off-white", "burgundy"),
     "warranty": ("2-year warranty", "12-month guarantee", "one year of cover", "limited warranty", "3-year guarantee"),
@@ -237,18 +238,19 @@ def _draw(rng) -> Factors:
 
 
 def _fair_price(factors: Factors) -> float:
-    """The formula at the top of this file, in dollars."""
+    """The fair price by the formula at the top of this file, in dollars."""
     category = CATEGORIES[factors.category]
     base, sizes = category.nouns[factors.noun]
     price = base * (factors.size / sizes[0]) ** category.power
     price *= category.materials[factors.material] * BRANDS[factors.brand][0]
     for wordings in factors.features:
         price *= category.features[wordings]
-    return round(price * factors.count ** PACK_POWER, 4)    # hides the last bit, in which maths libraries differ
+    return round(price * factors.count ** PACK_POWER, 4)    # drops the last bits, in which maths libraries differ
 
 
 def _noisy(rng, fair_price: float) -> float:
-    """fair_price * exp(SIGMA * z) in cents, z by Box and Muller; z is drawn again while the price is out of range."""
+    """fair_price * exp(SIGMA * z) in dollars and whole cents, z by Box and Muller, drawn again while the price is out
+    of PRICE_RANGE."""
     while True:
         z = math.sqrt(-2 * math.log(1 - rng.random())) * math.cos(2 * math.pi * rng.random())
         price = round(fair_price * math.exp(SIGMA * z), 2)
@@ -272,23 +274,23 @@ def _capital(text: str) -> str:
 
 
 def _write(rng, factors: Factors) -> tuple:
-    """Word the factors as (title, description): what the title does not state, the description does."""
+    """(title, description) that state the factors: the description states what the title does not."""
     category = CATEGORIES[factors.category]
     one, many, short = category.unit
     size = format(factors.size, "g")
     features = [_pick(rng, wordings) for wordings in factors.features]
-    said = {"brand": factors.brand, "noun": factors.noun, "material": factors.material,
+    words = {"brand": factors.brand, "noun": factors.noun, "material": factors.material,
             "part": category.part, "dimension": category.dimension}
-    said.update((name, _pick(rng, wordings)) for name, wordings in CHATTER.items())
+    words.update((name, _pick(rng, wordings)) for name, wordings in CHATTER.items())
     facts = {"brand", "size", "material"} | ({"features"} if features else set())
     if factors.count > 1:
         facts.add("pack")
-        said["pack"] = _pick(rng, PACKS).format(n=factors.count, word=COUNTS[factors.count])
+        words["pack"] = _pick(rng, PACKS).format(n=factors.count, word=COUNTS[factors.count])
 
     template = _pick_fitting(rng, TITLES, facts | {"colour"})
-    said["size"] = _pick(rng, (f"{size}-{one}", f"{size} {short}", f"{size}{short}"))
-    said["features"] = features[0] if features else ""      # a title has room for one
-    title = template.format_map(said)
+    words["size"] = _pick(rng, (f"{size}-{one}", f"{size} {short}", f"{size}{short}"))
+    words["features"] = features[0] if features else ""      # a title has room for one
+    title = template.format_map(words)
     if rng.random() < 0.5:
         title = " ".join(map(_capital, title.split(" ")))
 
@@ -297,12 +299,12 @@ def _write(rng, factors: Factors) -> tuple:
     if "{features}" in template and features[1:]:
         features = features[1:]
         left.add("features")
-    said["size"] = _pick(rng, (f"{size} {many}", f"{size} {short}"))
-    said["features"] = _pick(rng, (" and ", ", ", " plus ")).join(features)
-    return _capital(title), _describe(rng, said, left)
+    words["size"] = _pick(rng, (f"{size} {many}", f"{size} {short}"))
+    words["features"] = _pick(rng, (" and ", ", ", " plus ")).join(features)
+    return _capital(title), _describe(rng, words, left)
 
 
-def _describe(rng, said: dict, left: set) -> str:
+def _describe(rng, words: dict, left: set) -> str:
     """State every fact of `left` once, in one style and any order."""
     joiners, templates = _pick(rng, STYLES)
     joiner = _pick(rng, joiners)
@@ -310,13 +312,15 @@ def _describe(rng, said: dict, left: set) -> str:
     while left:
         template = _pick_fitting(rng, templates, left)
         left = left - _facts(template)
-        phrase = template.format_map(said)
+        phrase = template.format_map(words)
         phrases.append(_capital(phrase) if joiner == ". " else phrase)
     return _capital(joiner.join(phrases)) + ("." if joiner == ". " else "")
 
 
 def generate(n: int, seed: int = 0) -> list[dict]:
-    """The first `n` items of catalogue `seed`: title, category, brand, description, price, fair_price (US dollars)."""
+    """The first `n` items of catalogue `seed`: title, category, brand, description, price and fair_price (US dollars).
+
+    Raises ValueError for n below 1."""
     if n < 1:
         raise ValueError(f"n, the number of items, must be at least 1, not {n}")
     items = []
@@ -341,7 +345,7 @@ def least_error(fair_price: float, sigma: float = SIGMA) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m pricing.catalogue", description="Print made-up products.")
+    parser = argparse.ArgumentParser(prog="python -m pricing.data.catalogue", description="Print made-up products.")
     parser.add_argument("n", type=int, help="how many items")
     parser.add_argument("--seed", type=int, default=0, help="which catalogue (default: 0)")
     args = parser.parse_args()

@@ -1,9 +1,8 @@
-"""Items: what is priced. Rows of JSONL, CSV or Parquet in, checked `Item`s out; every row left out is counted by
-reason.
+"""Items: what is priced. Rows of JSONL, CSV or Parquet in, checked `Item`s out; rows left out are counted by reason.
 
 A row has `price` (US dollars) and either `text`, or `title` and any of `category`, `brand`, `description`. `split`
-(train, val or test) is optional: without it the split is a hash of the normalised title (of the whole text in a row
-without one), so that items of one title never lie on both sides, and training and evaluation agree without a side file.
+(train, val or test) is optional. Without it the split is a hash of the normalised title, or of the whole text in a row
+without a title: items of one title are never in two splits, and training and evaluation agree without a further file.
 """
 
 import csv
@@ -22,8 +21,9 @@ SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "
 # Published data sets hold the finished prompt, answer included: `...Price is $123.00`. The text is what lies between.
 QUESTION = re.compile(r"^(How much|What) does this cost to the nearest dollar\?\s*")
 ANSWER = re.compile(r"\s*Price is \$[\d.,]*\s*$")
-NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what a byte that is no UTF-8 is read as
-REPEATED = ("repeated",)  # marks a row that repeats an earlier one; no column of a file has such a name
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python reads a byte that is not UTF-8 (surrogateescape)
+REPEATED = ("repeated",)  # key of rows that repeat an earlier one; a tuple, so that no column can have this name
+WORD = r"(?u)\b\w[\w.]*\b"  # of a text, for tf-idf: numbers stay whole, "2.4" and not "2" and "4"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Item:
 
 @dataclass
 class Skipped:
-    """Rows left out, counted by reason, with the first of each to look at."""
+    """Rows left out: how many for each reason, and the number of the first one."""
 
     counts: Counter = field(default_factory=Counter)
     first: dict = field(default_factory=dict)  # reason -> row number
@@ -69,15 +69,15 @@ def split_of(title: str) -> str:
 
 
 def unseen(items: list[Item], train: list[Item]) -> list[Item]:
-    """Those of the items whose text no training item has, letters and digits compared: a `split` column, or other data,
-    may put one text on both sides."""
+    """The items whose text no training item has, by its letters and digits in lower case. A `split` column, or other
+    data than the run's, may hold texts that were trained on."""
     known = {normalise_title(item.text) for item in train}
     return [item for item in items if normalise_title(item.text) not in known]
 
 
 def sample(items: list[Item], count: int | None) -> list[Item]:
-    """`count` of the items, always the same ones of the same rows, spread over a file that is often sorted by category;
-    all of them, as they come, for None. Rows without an `id` go by their number."""
+    """`count` of the items, or all of them for None. The same items give the same sample in any order, drawn by a hash
+    of text and id (a row without an id has its number), so that a file sorted by category is sampled evenly."""
     if count is None:
         return items
     return sorted(items, key=lambda item: hashlib.sha256(f"{item.text}|{item.id}".encode()).digest())[:count]
@@ -101,7 +101,7 @@ def parse_price(value) -> float:
 
 
 def readable(value) -> str:
-    """Any cell as text that can be written: half a surrogate pair, legal in JSON, becomes a question mark"""
+    """Any cell as text that can be encoded in UTF-8: half a surrogate pair, which JSON allows, becomes "?\""""
     return str(value).encode("utf-8", "replace").decode() if value is not None else ""
 
 
@@ -113,8 +113,8 @@ def clean(value) -> str:
 def text_of(row: dict) -> str:
     """What the model reads: `text`, else title, category, brand and description, a line each.
 
-    `summary` and `prompt`, as published price data sets call it, stand in for `text` where there is no description.
-    Raises ValueError with the reason where a cell was not written in UTF-8.
+    Where there is no description, `summary` or `prompt`, the names that published price data sets use, count as `text`.
+    Raises ValueError with the reason where a cell is not in UTF-8.
     """
     if any(isinstance(cell, str) and NOT_UTF8.search(cell) for cell in row.values()):
         raise ValueError("rows that are not in UTF-8")
@@ -122,15 +122,15 @@ def text_of(row: dict) -> str:
         if clean(row.get(key)):
             return ANSWER.sub("", QUESTION.sub("", readable(row[key]).strip())).strip()
     title, brand, description = (clean(row.get(key)) for key in ("title", "brand", "description"))
-    said = brand.lower() in f"{title} {description}".lower()
-    lines = [title, clean(row.get("category")), "" if said else brand, description]
+    brand_is_named = brand.lower() in f"{title} {description}".lower()
+    lines = [title, clean(row.get("category")), "" if brand_is_named else brand, description]
     return "\n".join(line for line in lines if line)
 
 
 def item_from_row(row: dict, number: int) -> Item:
-    """Raises ValueError with the reason when the row is no item."""
+    """A checked item of the row with this number. Raises ValueError with the reason where the row is no item."""
     if not isinstance(row, dict):
-        raise ValueError("rows that are no object")
+        raise ValueError("rows that are not an object")
     if row.get(REPEATED):
         raise ValueError("rows that repeat an earlier one")
     price = parse_price(row.get("price", row.get("completion")))
@@ -152,16 +152,21 @@ def item_from_row(row: dict, number: int) -> Item:
 
 
 def read_text(path: Path) -> str:
-    """Raises ValueError where the file is not in UTF-8."""
+    """A whole text file. Raises ValueError where it is not in UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not in UTF-8 ({error.reason} at byte {error.start}); save it so") from None
+        raise ValueError(f"{path} is not in UTF-8 ({error.reason} at byte {error.start}); save it in UTF-8") from None
 
 
 def read_rows(path: str | Path, need_price: bool = True) -> Iterator[tuple[int, dict | None]]:
-    """(number from 1, row) of a JSONL, CSV or Parquet file; in JSONL the line's number, in CSV counted below the first
-    line. The row is None where a line is no JSON; text_of finds what is no UTF-8."""
+    """(number, row) of each row of a JSONL, CSV or Parquet file, from 1: in JSONL the line's number, in CSV counted
+    from the line after the header. The row is None where a line is not JSON. Bytes that are not UTF-8 are left for
+    text_of to find.
+
+    `need_price`: a CSV file must have the column `price`. Raises ValueError that names the file, and the line where
+    possible, for a file that is missing, of another kind or damaged.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"data file {path} {'is a directory' if path.is_dir() else 'does not exist'}")
@@ -175,12 +180,12 @@ def read_rows(path: str | Path, need_price: bool = True) -> Iterator[tuple[int, 
                 if line.strip():
                     try:
                         yield number, json.loads(line)
-                    except (ValueError, RecursionError):  # no JSON, or a number or nesting beyond all measure
+                    except (ValueError, RecursionError):  # not JSON, or a number too long or nested too deeply
                         yield number, None
     elif kind == ".csv":
         csv.field_size_limit(2**31 - 1)
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-            reader = csv.DictReader(lines, strict=True)  # else an open quotation mark would swallow the rows behind it
+            reader = csv.DictReader(lines, strict=True)  # or an open quotation mark would swallow the rows after it
             try:
                 if need_price and "price" not in (names := reader.fieldnames or []):
                     columns = "the first line must name the columns, `price` among them, with commas between"
@@ -206,7 +211,8 @@ def read_rows(path: str | Path, need_price: bool = True) -> Iterator[tuple[int, 
 
 
 def items_from_rows(rows: Iterable[tuple[int, dict]], source: str, strict: bool = False) -> tuple[list[Item], Skipped]:
-    """Checked items, and what was left out. With `strict` the first bad row is a ValueError that names it."""
+    """The checked items, and the rows left out. Raises ValueError where no item is left and, with `strict`, for the
+    first bad row, naming it; `source` is the data's name in these messages."""
     items, skipped, columns = [], Skipped(), ""
     for number, row in rows:
         if not columns and isinstance(row, dict):

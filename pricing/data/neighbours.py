@@ -3,12 +3,12 @@
     index = build(train_items)                      index.save(path)        Index.load(path)
     rows, similarity = index.nearest(items, k=5)    price_line(index.prices[rows[0][rows[0] >= 0]])
 
-A text is the vector of its words and word pairs, each counted as (1 + log tf) (1 + log((1 + n) / (1 + df))), as
-scikit-learn's TfidfVectorizer has it, scaled to length 1; two texts are as near as the cosine of theirs, 0 to 1.
+A text is a vector of its words and word pairs, each weighted by (1 + log tf) (1 + log((1 + n) / (1 + df))), as
+scikit-learn's TfidfVectorizer does, scaled to length 1. The similarity of two texts is the cosine, 0 to 1.
 
-An item is never its own neighbour, and neither is a training item of the same title or the same text: in training its
-price would be the answer, which no new product brings along. Titles are compared as the split compares them (letters
-and digits, lower case), so that one training item sees of the others what a test item would see of all.
+An item is never its own neighbour, and neither is a training item of the same title or the same text: in training, its
+price would give the answer away, which does not happen for a new product. Titles are compared as the split compares
+them (letters and digits, lower case): a training item sees of the others what a test item sees of all.
 """
 
 import hashlib
@@ -19,11 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from common.files import whole_file
-from pricing.data.items import Item, normalise_title
-from pricing.evaluation.baselines import WORD
+from pricing.data.items import WORD, Item, normalise_title
 
-INDEX = "neighbours.npz"  # in a checkpoint
-CELLS = 2**24  # similarities held at a time: 128 MiB
+INDEX = "neighbours.npz"  # the file in a checkpoint
+CELLS = 2**24  # similarities computed at a time: 128 MiB
 
 
 def key(text: str) -> int:
@@ -32,11 +31,12 @@ def key(text: str) -> int:
 
 
 def keys_of(items: list[Item]) -> np.ndarray:
-    """Of title and text  # (items, 2) uint64"""
+    """The keys of each item's title and text  # (items, 2) uint64"""
     return np.array([(key(item.title), key(item.text)) for item in items], np.uint64).reshape(-1, 2)
 
 
 def vectoriser(vocabulary: dict[str, int] | None = None):
+    """The TfidfVectorizer of these words by column, or one that has to learn its words"""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     return TfidfVectorizer(
@@ -46,18 +46,19 @@ def vectoriser(vocabulary: dict[str, int] | None = None):
 
 @dataclass
 class Index:
-    """Training items to look among."""
+    """The training items' texts as vectors, and their prices."""
 
     words: list[str]  # the vocabulary, by column
     idf: np.ndarray  # (W,) float32
     matrix: object  # scipy CSR (n, W) float32, rows of length 1
     prices: np.ndarray  # (n,) dollars
-    keys: np.ndarray  # (n, 2) uint64, of title and text
+    keys: np.ndarray  # (n, 2) uint64, see keys_of
 
     def nearest(self, items: list[Item], k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest training items of each item, nearest first: rows (items, k), and similarities (items, k).
 
-        Where fewer share a word with it, the rest is row -1 of similarity 0. Raises ValueError for k below 1.
+        Where fewer than k share a word with an item, the rest of its rows are -1, their similarity 0. Raises ValueError
+        for k below 1.
         """
         if k < 1:
             raise ValueError(f"--neighbours must be at least 1, got {k}")
@@ -69,7 +70,7 @@ class Index:
         for start in range(0, len(items), size):
             near = (asked[start : start + size] @ known).toarray()  # (size, n)
             for i, row in enumerate(near, start):
-                row[(self.keys == keys[i]).any(axis=1)] = 0  # itself, and what is called or described alike
+                row[(self.keys == keys[i]).any(axis=1)] = 0  # itself, and items of the same title or text
                 least = np.partition(row, -k)[-k] if k < len(row) else 0
                 best = np.flatnonzero((row >= least) & (row > 0))  # k of them, and what ties with the last
                 best = best[np.lexsort((best, -row[best]))][:k]  # nearest first, earlier rows first among equals
@@ -77,7 +78,7 @@ class Index:
         return rows, similarity
 
     def save(self, path: str | Path) -> None:
-        """One .npz of plain arrays, whole or not at all; words as UTF-8, a line each. No pickle."""
+        """Write one .npz of plain arrays, without pickle, whole or not at all; the words as UTF-8, a line each."""
         arrays = {
             "words": np.frombuffer("\n".join(self.words).encode(), np.uint8),
             "idf": self.idf,
@@ -92,7 +93,7 @@ class Index:
 
     @staticmethod
     def load(path: str | Path) -> "Index":
-        """Raises ValueError where the file is not there or not whole."""
+        """What `save` wrote. Raises ValueError where the file is missing or damaged."""
         from scipy.sparse import csr_matrix
 
         if not Path(path).is_file():
@@ -111,7 +112,7 @@ class Index:
 
 
 def build(train: list[Item]) -> Index:
-    """Raises ValueError where there is no item, or one that is not of the training split."""
+    """The index of the training items. Raises ValueError where there is none, or one is of another split."""
     others = {item.split for item in train} - {"train"}
     if others or not train:
         raise ValueError(f"neighbours are training items; got {', '.join(sorted(others)) or 'no'} items")
@@ -123,15 +124,16 @@ def build(train: list[Item]) -> Index:
 
 
 def price_line(prices) -> str:
-    """`Similar products cost $12, $15 and $240.`, nearest first, in whole dollars; nothing where there is none."""
-    said = [f"${np.floor(price + 0.5):.0f}" for price in prices]
-    if len(said) < 2:
-        return f"A similar product costs {said[0]}." if said else ""
-    return f"Similar products cost {', '.join(said[:-1])} and {said[-1]}."
+    """`Similar products cost $12, $15 and $240.`: prices in dollars, in their order, rounded; "" for no prices."""
+    amounts = [f"${np.floor(price + 0.5):.0f}" for price in prices]
+    if len(amounts) < 2:
+        return f"A similar product costs {amounts[0]}." if amounts else ""
+    return f"Similar products cost {', '.join(amounts[:-1])} and {amounts[-1]}."
 
 
 def with_neighbours(items: list[Item], template: str, index: Index | None, k: int) -> list[str]:
-    """Each item's prompt template, with the prices of its k neighbours on a line below the text"""
+    """The prompt template of each item: `template` with a line below the text that names the prices of its k nearest
+    neighbours; `template` itself for k = 0 or where there are none"""
     if not k:
         return [template] * len(items)
     rows, _ = index.nearest(items, k)

@@ -2,9 +2,9 @@
 
     How much does this cost to the nearest dollar?\\n\\n{text}\\n\\nPrice is $     ->     123.00
 
-Prompt and answer are tokenised apart and their ids joined, so the boundary is exact whatever the tokeniser would have
-merged across it, and training and evaluation see the same ids. The loss mask is "the last n ids", a position, never a
-search.
+Prompt and answer are tokenised apart and their ids joined. So no token crosses the boundary, whatever the tokeniser
+would merge there, and training and evaluation read the same ids. The loss mask is a position, the last n ids; the
+answer is never searched for.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ PROMPT = PROMPTS["first"]
 
 
 def load_prompt(name: str) -> str:
-    """A template by name or from a text file. Raises ValueError where it lacks `{text}` or does not end where the price
-    begins: at a "$" or another sign, never a space, which most tokenisers would join to the first digit."""
+    """A template by its name in PROMPTS or from a text file. Raises ValueError where it does not hold `{text}` exactly
+    once, or does not end with "$" or another sign: most tokenisers would join a space at its end to the first digit."""
     if name in PROMPTS:
         return PROMPTS[name]
     path = Path(name)
@@ -41,7 +41,7 @@ class Example:
     prompt: list[int]  # token ids up to and with the "$"
     answer: list[int]  # token ids of `123.00`; the loss is on these and nothing else
     price: float  # dollars
-    cut: bool = False  # the text was too long and lost its end
+    cut: bool = False  # the text was too long, and its end was cut off
 
 
 def answer_text(dollars: int) -> str:
@@ -49,8 +49,8 @@ def answer_text(dollars: int) -> str:
 
 
 def encode_prompt(text: str, tokenizer, max_tokens: int, template: str = PROMPT) -> tuple[list[int], bool]:
-    """Ids of the question around the item's text; where it is too long, the text is cut, never the question. And
-    whether it was.
+    """(ids of the question around the item's text, whether the text was cut). Where the prompt is longer than
+    `max_tokens`, the end of the text is cut off, never the question.
 
     `tokenizer` has encode_prompt, encode_answer and decode. Raises ValueError if the question alone does not fit.
     """
@@ -63,7 +63,7 @@ def encode_prompt(text: str, tokenizer, max_tokens: int, template: str = PROMPT)
         return ids, False
     if len(ids_of("")) >= max_tokens:
         raise ValueError(f"the question alone takes {len(ids_of(''))} tokens, --max-tokens is {max_tokens}")
-    # Characters, not ids, are cut: the ids of a shorter text are not always a prefix. Bisect for the longest that fits.
+    # Cut characters, not ids: the ids of a shorter text are not always a prefix. Bisect for the longest that fits.
     low, high = 0, len(text)
     while low < high:
         middle = (low + high + 1) // 2
@@ -72,7 +72,8 @@ def encode_prompt(text: str, tokenizer, max_tokens: int, template: str = PROMPT)
 
 
 def encode_items(items: list[Item], tokenizer, max_tokens: int, templates: list[str] | None = None) -> list[Example]:
-    """An Example for each item, by its own template; `max_tokens` bounds the prompt (the answer adds up to 6)."""
+    """An Example for each item, by its own template (default: PROMPT for all). A prompt has at most `max_tokens`
+    tokens; the answer adds up to 6."""
     examples = []
     for item, template in zip(items, templates or [PROMPT] * len(items), strict=True):
         prompt, cut = encode_prompt(item.text, tokenizer, max_tokens, template)

@@ -1,4 +1,4 @@
-"""What follows `--data`: the built-in catalogue, pc-parts, a file, or a data set of the Hugging Face hub."""
+"""What `--data` names: the built-in catalogue, pc-parts, a file, or a data set of the Hugging Face hub."""
 
 import json
 import os
@@ -19,9 +19,10 @@ HUB_FILES = ["*.parquet", "*.jsonl", "*.csv"]
 
 
 def pc_parts_rows(archive: Path):
-    """(number, row) of each part with its fields written out; an exact repetition is yielded as one, to be counted.
+    """(number, row) of each part, its fields written out as the description. An exact repetition of an earlier row is
+    marked with REPEATED, so that it is counted and left out.
 
-    `price_per_gb` gives the price away and is left out; null fields say nothing and are too.
+    `price_per_gb` gives the price away and is left out, as are fields that are null.
     """
 
     def words(value) -> str:
@@ -48,7 +49,8 @@ def pc_parts_rows(archive: Path):
 
 
 def folder_rows(root: Path):
-    """(number, row) of the data files below `root`; `train-00000-of-00002.parquet` puts its rows into train."""
+    """(number, row) of the data files below `root`. A name such as `train-00000-of-00002.parquet` puts rows without a
+    split of their own into train."""
     number = 0
     for path in sorted(p for kind in ("parquet", "jsonl", "csv") for p in root.rglob(f"*.{kind}")):
         split = next((s for s in ("train", "val", "test") if path.stem.lower().startswith(s)), None)
@@ -60,9 +62,10 @@ def folder_rows(root: Path):
 
 
 def load_items(data: str, size: int, seed: int, strict: bool = False) -> tuple[list[Item], Skipped, dict]:
-    """Items, rows left out, and the identity of the data for run.json.
+    """The items, the rows left out, and the identity of the data for run.json (its name, and what changes with it:
+    size and seed, sha256 or commit).
 
-    `size` and `seed` are the catalogue's. Raises ValueError or OSError with one clear line.
+    `size` and `seed` are the catalogue's; `strict` as in items_from_rows. Raises ValueError or OSError, in one line.
     """
     path = Path(os.path.expanduser(data))
     made = []
@@ -74,7 +77,7 @@ def load_items(data: str, size: int, seed: int, strict: bool = False) -> tuple[l
             download(PC_PARTS_URL, PC_PARTS_SHA256, cache_directory() / f"pc-parts-{PC_PARTS_SHA256[:16]}.zip")
         )
         identity = {"sha256": PC_PARTS_SHA256}
-        strict = False  # three quarters of the parts have no price: that is how the source is
+        strict = False  # three quarters of the parts have no price; that is no damage
     elif path.is_file():
         rows = read_rows(path)
         identity = {"sha256": sha256(path)}
@@ -86,6 +89,6 @@ def load_items(data: str, size: int, seed: int, strict: bool = False) -> tuple[l
             f"data file {data} does not exist; --data takes catalogue, pc-parts, a file or a hub data set org/name"
         )
     items, skipped = items_from_rows(rows, data, strict)
-    if made:  # only here is the price without its noise known
+    if made:  # the catalogue alone knows the price without its noise
         items = [replace(item, fair_price=made[int(item.id) - 1]["fair_price"]) for item in items]
     return items, skipped, {"data": data, "items": len(items)} | identity

@@ -1,23 +1,24 @@
-"""From a model to a probability for each whole dollar from 0 to 999, and from there to one price.
+"""From a model to a probability for each whole dollar from 0 to 999, and from these to one price.
 
-The model writes a price as tokens. Every price 0..999 is a path in a tree of tokens, shared from the front:
+The model writes a price as tokens. Every price from 0 to 999 is a path in a tree of tokens; prices that begin alike
+share the beginning of their paths:
 
     digit by digit (SmolLM2):   $ -> 1 -> 2 -> 3      100 inner nodes: the prompt, 1 to 9, and 10 to 99
     one token each (Llama 3):   $ -> 123              1 inner node: the prompt, so one forward is all
 
-P(price) is the product of the model's probabilities along its path. A path that goes on in another price ("12" in
-"123") ends with the "." of "12.00"; one that does not ("123") ends by itself. No price is then the beginning of
-another, so the events exclude each other, and dividing by their sum gives the exact distribution of the price, given
-that the model names one.
+P(price) is the product of the model's probabilities along its path. A path that is the beginning of another one ("12"
+of "123") ends with the "." of "12.00"; any other ("123") ends by itself. Then no path is the beginning of another, the
+events exclude each other, and dividing by their sum gives the exact distribution of the price, given that the model
+writes one.
 
-A node that holds less than the share `prune` of what may still name a price is not opened: what it holds is spread
-evenly over the prices below it. Nothing is lost, the sum stays one, and no price moves by more than about what the shut
-nodes held, as a share of what names a price.
+A node whose probability is less than the share `prune` of all that may still become a price is not opened: its
+probability is spread evenly over the prices below it. The sum stays one, and no price's probability changes by more
+than about the probability of the nodes that were not opened, as a share of that of all prices.
 
-From the distribution, the price is chosen for the error that is measured (Lukasik et al. 2024, arXiv 2403.04182): the
-median has the least expected absolute error, the mean the least squared error, the log-mean the least squared error of
-the log price (RMSLE, but for its 1 +); the mode is the likeliest. `greedy` is what text generation at temperature 0
-would write: digit after digit, each the likeliest, blind to what comes after.
+The guess is chosen for the error that is measured (Lukasik et al. 2024, arXiv 2403.04182): the median has the least
+expected absolute error, the mean the least squared error, the log-mean the least squared error of the log price (that
+is RMSLE without its 1 +); the mode is the likeliest price. `greedy` is what text generation at temperature 0 would
+write: one digit after the other, each the likeliest, without a look at what comes after.
 """
 
 from dataclasses import dataclass
@@ -26,15 +27,15 @@ import numpy as np
 import torch
 
 PRICES = 1000  # 0..999 dollars
-PRUNE = 1e-3  # what training calibrates by, and pricing goes by unless told
+PRUNE = 1e-3  # for the calibration set in training, and the default in pricing
 PICKS = ("median", "mean", "log-mean", "mode", "greedy")
 
 
 @dataclass
 class PriceTree:
-    """The token paths of all prices. Node 0 is the prompt, inner nodes go on, each leaf is one price."""
+    """The token paths of all prices. Node 0 is the prompt, each leaf is one price; nodes are sorted by depth."""
 
-    choices: list[int]  # token ids that ever lead from a node to another  (k,)
+    choices: list[int]  # the token ids that lead from any node to another  (k,)
     levels: list[list[int]]  # inner nodes by depth
     parent: list[int]  # the node before each node
     choice: list[int]  # index in choices of the token that leads to each node
@@ -44,22 +45,23 @@ class PriceTree:
 
     @staticmethod
     def build(encode_answer) -> "PriceTree":
-        """`encode_answer(text) -> ids`. Raises ValueError where two prices are spelt alike or "." is not one token."""
+        """The tree of a tokeniser, given as `encode_answer(text) -> ids`. Raises ValueError where two prices have the
+        same ids, "." is not one token, or "12.00" is not the ids of "12", of "." and more."""
         spelling = {price: tuple(encode_answer(str(price))) for price in range(PRICES)}
         price_of = {path: price for price, path in spelling.items()}
         end = tuple(encode_answer("."))
         if len(price_of) < PRICES or () in price_of or len(end) != 1:
-            raise ValueError("the tokeniser does not spell every whole dollar from 0 to 999 in a way of its own")
+            raise ValueError("prices cannot be scored: the tokeniser gives two of them the same ids, or splits a dot")
         begins = {path[:n] for path in price_of for n in range(len(path))}  # of some longer price
         paths = {path + end if path in begins else path: price for path, price in price_of.items()}
         inner = {path[:n] for path in paths for n in range(len(path))}
         nodes = sorted(inner | set(paths), key=lambda path: (len(path), path))
         number = {path: node for node, path in enumerate(nodes)}
         choices = sorted({token for path in paths for token in path})
-        # What training writes must run along the tree: "12.00" through 1, 2 and ".", with no ".00" in one piece.
+        # The answers of training must follow the tree: "12.00" goes through 1, 2 and ".", not through one token ".00".
         for path, price in paths.items():
             if tuple(encode_answer(f"{price}.00"))[: len(path)] != path:
-                raise ValueError(f'the tokeniser spells "{price}.00" unlike "{price}" and "."; prices cannot be scored')
+                raise ValueError(f'prices cannot be scored: the ids of "{price}.00" do not begin with "{price}", "."')
         depths = range(max(map(len, paths)))
         return PriceTree(
             choices=choices,
@@ -72,7 +74,7 @@ class PriceTree:
         )
 
     def below(self) -> torch.Tensor:
-        """1 where a price lies at or below a node  # (nodes, PRICES) float64"""
+        """1 where the price is at the node or below it, else 0  # (nodes, PRICES) float64"""
         table = torch.zeros(len(self.parent), PRICES, dtype=torch.float64)
         for node in range(len(self.parent) - 1, -1, -1):
             if self.leaf[node] is not None:
@@ -84,28 +86,28 @@ class PriceTree:
 
 @torch.no_grad()
 def price_distribution(prefill, extend, prompts: list[list[int]], tree: PriceTree, prune: float = 0.0) -> tuple:
-    """P(price | prompt) (B, 1000) float64, rows summing to one, and the probability that the model names a price at
-    all (B,).
+    """(P(price | prompt) (B, 1000) float64, rows summing to one; the probability that the model writes a price (B,)).
 
     prefill(prompts, choices) -> natural log-probabilities (B, k), likeliest token (B,), cache
     extend(cache, tokens (B, n), parents (B, n), choices) -> log-probabilities (B, n, k), likeliest tokens (B, n)
-    `prune` is the share of what may still name a price below which a node is not opened; 0 opens all.
+    `prune`: nodes of less than this share of what may still become a price are not opened; 0 opens all. Raises
+    ValueError where the probabilities are not finite or all 0.
     """
     choices, choice, parent = torch.tensor(tree.choices), torch.tensor(tree.choice), torch.tensor(tree.parent)
     first, _, cache = prefill(prompts, choices)
     rows, device = first.shape[0], first.device
     below = tree.below()
-    mass = torch.zeros(rows, len(tree.parent), dtype=torch.float64)  # probability of arriving at each node
+    mass = torch.zeros(rows, len(tree.parent), dtype=torch.float64)  # probability of reaching each node
     mass[:, 0] = 1.0
-    slot = torch.zeros(rows, len(tree.parent), dtype=torch.long)  # where a node stands in the cache; 0 is the prompt
+    slot = torch.zeros(rows, len(tree.parent), dtype=torch.long)  # a node's place in the cache; 0 is the prompt
     total = torch.zeros(rows, PRICES, dtype=torch.float64)
     used = 1
     for depth, level in enumerate(tree.levels):
         nodes = torch.tensor(level)
         weights = mass[:, nodes]  # (B, n)
         opened = weights >= prune * (total.sum(1, keepdim=True) + weights.sum(1, keepdim=True))
-        total += (weights * ~opened / below[nodes].sum(1)) @ below[nodes]  # shared evenly among the prices below
-        # Each row opens its own nodes, heaviest first; a row with fewer is filled up with nodes that are then ignored.
+        total += (weights * ~opened / below[nodes].sum(1)) @ below[nodes]  # spread evenly over the prices below
+        # Each row opens its own nodes, the likeliest first. Rows with fewer are filled up; those results are ignored.
         width = int(opened.sum(1).max())
         if not width:
             break
@@ -120,7 +122,7 @@ def price_distribution(prefill, extend, prompts: list[list[int]], tree: PriceTre
             used += width
         chance = torch.zeros(rows, len(level), len(tree.choices), dtype=torch.float64)
         chance.scatter_(1, order[:, :, None].expand(-1, -1, len(tree.choices)), log_probs.double().exp().cpu())
-        chance *= (weights * opened)[:, :, None]  # (B, n, k): arriving at a node, then writing a token
+        chance *= (weights * opened)[:, :, None]  # (B, n, k): reaching a node, then writing a token
         opening = set(level)
         children = torch.tensor([node for node in range(1, len(tree.parent)) if tree.parent[node] in opening])
         mass[:, children] = chance[:, torch.searchsorted(nodes, parent[children]), choice[children]]
@@ -134,7 +136,9 @@ def price_distribution(prefill, extend, prompts: list[list[int]], tree: PriceTre
 
 @torch.no_grad()
 def greedy_prices(prefill, extend, prompts: list[list[int]], tree: PriceTree) -> np.ndarray:
-    """What generation at temperature 0 writes, in dollars; NaN where it writes no price  # (B,)"""
+    """What text generation at temperature 0 writes; NaN where that is not a price  # (B,) dollars
+
+    `prefill` and `extend` as for price_distribution."""
     choices = torch.tensor(tree.choices)
     child = {(tree.parent[n], tree.choices[tree.choice[n]]): n for n in range(1, len(tree.parent))}
     _, top, cache = prefill(prompts, choices)
@@ -144,7 +148,7 @@ def greedy_prices(prefill, extend, prompts: list[list[int]], tree: PriceTree) ->
         for row, token in enumerate(top.view(-1).tolist()):
             if not done[row]:
                 following = child.get((node[row], token))
-                done[row] = following is None  # "." or anything that spells no price
+                done[row] = following is None  # "." or any token that no price has here
                 node[row] = node[row] if following is None else following
                 done[row] |= tree.leaf[node[row]] is not None
         if all(done) or depth == len(tree.levels) - 1:
@@ -155,8 +159,8 @@ def greedy_prices(prefill, extend, prompts: list[list[int]], tree: PriceTree) ->
 
 
 def pick(distribution: np.ndarray, how: str) -> np.ndarray:
-    """One price a row, in dollars, from P (B, 1000): `mean`, `log-mean` (exp of the mean of ln max(d, 0.5)) or `mode`.
-    The median is pricing.intervals.log_quantiles' middle one."""
+    """One price a row of P (B, 1000): its `mean`, `log-mean` (exp of the mean of ln max(d, 0.5)) or `mode`.  ->
+    (B,) dollars. The median is the middle one of intervals.log_quantiles. Raises ValueError for another `how`."""
     if how == "mean":
         return distribution @ np.arange(PRICES)
     if how == "log-mean":

@@ -1,18 +1,18 @@
-"""Price ranges that hold the true price as often as they promise.
+"""Price ranges that contain the true price as often as they promise, and quantiles of a distribution over prices.
 
-A model's own middle 80 % is only as good as the model is calibrated, and fine-tuned networks are not. Conformalised
-quantile regression (Romano, Patterson and Candes 2019, arXiv 1905.03222) measures on n items that were not trained on
-how far the true price lies outside the range [low, high], negative where it lies inside:
+The middle 80 % of a model's own distribution is only right if the model is calibrated, and fine-tuned networks are not.
+Conformalised quantile regression (Romano, Patterson and Candes 2019, arXiv 1905.03222) takes a calibration set, n items
+that were not trained on, and measures how far each true price lies outside its range [low, high], negative inside:
 
     score_i = max(log(low_i / price_i), log(price_i / high_i))
 
-and moves both ends outwards by the ceil((n + 1) share)-th smallest score. Where those items and a new one come in no
-particular order (are exchangeable), the new price lies inside with probability at least `share`, and at most
-share + 1 / (n + 1) where no two scores are equal, however wrong the model is. That holds on average over all products,
-not for each kind of them. Validation items that a run chose its weights by (`--keep best`, a head trained afterwards)
-are a little better known than new ones; what that costs in coverage is measured on test items.
+Both ends then move outwards by the ceil((n + 1) share)-th smallest score. If these items and a new one are
+exchangeable, the new price lies inside with probability at least `share`, and at most share + 1 / (n + 1) where no two
+scores are equal, however wrong the model is. This holds on average over all products, not for each kind of product. The
+calibration set is the run's validation items. Where these also chose the weights (`--keep best`), the model knows them
+a little better than new items; what that costs in coverage is measured on test items.
 
-The scores are in log price, not in dollars: errors grow with the price, so the ends move by a factor. An offset in
+The scores are in log price, not in dollars, because errors grow with the price: the ends move by a factor. An offset in
 dollars that is right for a $500 graphics card would make the range of a $10 cable useless.
 """
 
@@ -22,86 +22,88 @@ import numpy as np
 
 from pricing.data.items import MAX_PRICE, MIN_PRICE
 
-SHARES = (0.5, 0.8, 0.9, 0.95)  # of the prices that a range is to hold
+SHARES = (0.5, 0.8, 0.9, 0.95)  # of the prices that a range promises to contain
 SHARE = 0.8
-LEVELS = (0.025, *(n / 20 for n in range(1, 20)), 0.975)  # of the quantiles that a forecast is kept as
+LEVELS = (0.025, *(n / 20 for n in range(1, 20)), 0.975)  # of the 21 quantiles that are stored of a prediction
 MIDDLE = len(LEVELS) // 2
 
 
 def in_dollars(log_price: np.ndarray) -> np.ndarray:
+    """exp of a log price, within the prices that there are, 0.50 to 999.49 dollars"""
     return np.clip(np.exp(log_price), MIN_PRICE, MAX_PRICE)
 
 
 def log_quantiles(distribution: np.ndarray) -> np.ndarray:
-    """Quantiles of the log price at LEVELS of P (n, 1000), each whole dollar d spread evenly from d - 0.5 to d + 0.5.
-    -> (n, 21)"""
+    """P(price) (n, 1000) -> quantiles of the log price at LEVELS (n, 21), log dollars. The probability of a whole
+    dollar d is spread evenly from d - 0.5 to d + 0.5."""
     edges = np.clip(np.arange(distribution.shape[1] + 1) - 0.5, MIN_PRICE, MAX_PRICE)
     reached = np.concatenate([np.zeros((len(distribution), 1)), np.cumsum(distribution, axis=1)], axis=1)
-    # interp wants steps that rise: where nothing lies, any dollar between would do
-    found = [np.interp(LEVELS, row + 1e-12 * np.arange(len(row)), edges) for row in reached]
-    return np.log(np.array(found).reshape(-1, len(LEVELS)))
+    # np.interp needs rising values; where prices of probability 0 lie between, any of them would do.
+    quantiles = [np.interp(LEVELS, row + 1e-12 * np.arange(len(row)), edges) for row in reached]
+    return np.log(np.array(quantiles).reshape(-1, len(LEVELS)))
 
 
 def central_range(quantiles: np.ndarray, share: float = SHARE) -> tuple[np.ndarray, np.ndarray]:
-    """(low, high) in dollars, each (n,): the middle `share` (0.95 at most) of forecasts (n, 21); between two levels the
-    log price is interpolated."""
+    """(low, high) in dollars, each (n,): the middle `share` of quantiles (n, 21) in log dollars, interpolated between
+    two levels. Raises ValueError for a share above 0.95."""
     if not 0 < share <= LEVELS[-1] - LEVELS[0] + 1e-9:
-        raise ValueError(f"forecasts are kept for ranges of at most 95 % of the prices, not {share:.0%}")
+        raise ValueError(f"a range can promise at most 95 % of the prices, not {share:.0%}")
     ends = [(1 - share) / 2, (1 + share) / 2]
     low, high = (np.array([np.interp(end, LEVELS, row) for row in quantiles]).reshape(-1) for end in ends)
     return in_dollars(low), in_dollars(high)
 
 
 def conformal_rank(n: int, share: float) -> int:
-    """Which of n scores, from the smallest, 1 first; beyond n where these are too few"""
+    """ceil((n + 1) share): which of the n scores, sorted, decides, counted from 1; more than n where n is too small"""
     return math.ceil(round((n + 1) * share, 9))  # 100 * 0.07 is 7.000000000000001
 
 
 def conformal_offset(low: np.ndarray, high: np.ndarray, truth: np.ndarray, share: float = SHARE) -> float:
-    """How far to move both ends, in log price; negative where the ranges are too wide. All arrays in dollars, (n,).
+    """How far to move both ends outwards, in log price; negative where ranges are too wide. All arrays (n,) dollars.
 
-    Raises ValueError for too few items (`share` / (1 - share) are needed) and for what is no positive price.
+    Raises ValueError for too few items (share / (1 - share) are needed) and for prices that are not positive.
     """
     n = len(truth)
     if not 0 < share < 1 or not len(low) == len(high) == n:
         raise ValueError(f"cannot calibrate {len(low)} to {len(high)} ranges on {n} prices for a share of {share}")
     if n == 0 or not (np.minimum(np.minimum(low, high), truth) > 0).all():  # NaN fails this too
-        raise ValueError("ranges are calibrated on positive prices in dollars, at least one of them")
+        raise ValueError("ranges are calibrated on positive prices in dollars, at least one")
     scores = np.maximum(np.log(low / truth), np.log(truth / high))
     if (rank := conformal_rank(n, share)) > n:
         raise ValueError(
-            f"{n} validation items are too few to calibrate a range that holds {share:.0%} of the prices: "
+            f"{n} validation items are too few to calibrate a range that contains {share:.0%} of the prices: "
             f"{math.ceil(round(share / (1 - share), 9))} are needed"
         )
     return float(np.sort(scores)[rank - 1])
 
 
 def calibrated_range(
-    quantiles: np.ndarray, guess: np.ndarray, share: float, held: np.ndarray, truth: np.ndarray
+    quantiles: np.ndarray, guess: np.ndarray, share: float, calibration: np.ndarray, truth: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """(low, high, whether they could be calibrated): the middle `share` of forecasts (n, 21), moved by what forecasts
-    `held` (m, 21) of m validation items with prices `truth` ask for; `guess` (n,) dollars lies in it."""
+    """(low, high, whether they are calibrated), low and high (n,) dollars: the middle `share` of quantiles (n, 21),
+    moved by conformal_offset of the calibration set, whose quantiles are `calibration` (m, 21) and whose prices `truth`
+    (m,) dollars; not moved where m is too small. `guess` (n,) dollars always lies in its range."""
     low, high = central_range(quantiles, share)
     enough = conformal_rank(len(truth), share) <= len(truth)
-    offset = conformal_offset(*central_range(held, share), truth, share) if enough else 0.0
+    offset = conformal_offset(*central_range(calibration, share), truth, share) if enough else 0.0
     return *widen(low, guess, high, offset), enough
 
 
 def cross_calibrated_range(quantiles: np.ndarray, guess: np.ndarray, share: float, truth: np.ndarray) -> tuple:
-    """As calibrated_range, for the validation items themselves: the even rows by the odd ones, and the other way round.
-    Calibrated by itself, a set would be covered by construction. This is not much better as a measure of coverage: what
-    one half has too much, the other has too little. Test items measure it."""
+    """As calibrated_range, for the validation items themselves: the even rows are calibrated by the odd ones, and the
+    other way round. Calibrated by itself, a set would be covered by construction. As a measure of coverage this is
+    still poor, since too much in one half means too little in the other: measure coverage on test items."""
     low, high = central_range(quantiles, share)
-    odd, done = np.arange(len(truth)) % 2 == 1, []
+    odd, enough = np.arange(len(truth)) % 2 == 1, []
     for rows, others in ((odd, ~odd), (~odd, odd)):
         ranges = calibrated_range(quantiles[rows], guess[rows], share, quantiles[others], truth[others])
         low[rows], high[rows], calibrated = ranges
-        done.append(calibrated)
-    return low, high, all(done)
+        enough.append(calibrated)
+    return low, high, all(enough)
 
 
 def widen(low: np.ndarray, guess: np.ndarray, high: np.ndarray, offset: float) -> tuple[np.ndarray, np.ndarray]:
-    """Both ends moved outwards by the factor exp(offset), within the prices there are, and never past `guess`: a range
-    that left out the price printed beside it would be no range of it."""
+    """Both ends moved outwards by the factor exp(offset), within 0.50 to 999.49 dollars, and never past `guess`:
+    a range contains the price that is printed beside it."""
     low, high = np.minimum(low * math.exp(-offset), guess), np.maximum(high * math.exp(offset), guess)
     return np.clip(low, MIN_PRICE, MAX_PRICE), np.clip(high, MIN_PRICE, MAX_PRICE)

@@ -45,7 +45,7 @@ class AnswerLoss:
             raise ValueError(f"unknown loss {kind!r}; choose from {', '.join(LOSSES)}")
         self.kind, self.tree, self.width = kind, tree, width
         below = tree.below()  # (nodes, PRICES) float64
-        # child[node, c] is the node that choice c leads to; where it leads to none, the extra row of `below`, all zeros.
+        # child[node, c] is the node that choice c leads to; where there is none, the extra row of `below`, all zeros.
         self.child = torch.full((len(tree.parent), len(tree.choices)), len(tree.parent))
         for node in range(1, len(tree.parent)):
             self.child[tree.parent[node], tree.choice[node]] = node

@@ -1,1 +1,1 @@
-"""How far off in dollars: metrics, baselines, the report, the terminal."""
+"""How far off the guesses are: metrics, baselines, the report, and what is printed."""

@@ -2,9 +2,9 @@
 
     python evaluate.py --baselines
 
-All but the constants learn the log of the price, whose errors are of one size for cheap and dear items, and guess
+All but the constants learn the log of the price, so that errors count alike for cheap and expensive items, and guess
 exp of it. Their settings were chosen on validation items, never on test items. Mean, median and ridge take a second
-and always run; the others take minutes on a CPU, so what they guess is kept in the user's cache.
+and always run; the others take minutes on a CPU, so guesses are stored in the user's cache.
 """
 
 import hashlib
@@ -21,11 +21,10 @@ from tqdm import tqdm
 
 from common.files import whole_file
 from common.hub import cache_directory
-from pricing.data.items import Item, sample
+from pricing.data.items import WORD, Item, sample
 from pricing.distribution.intervals import in_dollars
 
-WORD = r"(?u)\b\w[\w.]*\b"  # numbers stay whole: "2.4", not "2" and "4"
-LIMIT = 50_000  # training items of the forest, the boosting and the network, which take a fixed sample of more
+LIMIT = 50_000  # training items at most for the forest, the boosting and the network: a fixed sample
 
 
 def texts(items: list[Item]) -> list[str]:
@@ -37,29 +36,29 @@ def log_prices(items: list[Item]) -> np.ndarray:
 
 
 def constant_mean(train: list[Item], test: list[Item]) -> np.ndarray:
-    """The mean training price for everything: the "constant" of the reports."""
+    """The mean training price for all items: the "constant" of the reports."""
     return np.full(len(test), np.mean([item.price for item in train]))
 
 
 def constant_median(train: list[Item], test: list[Item]) -> np.ndarray:
-    """The median training price: of all constants the one with the least absolute error."""
+    """The median training price for all items: the constant of least absolute error."""
     return np.full(len(test), np.median([item.price for item in train]))
 
 
 def simple_features(items: list[Item], categories: list[str]) -> np.ndarray:
-    """Length in characters and in words, how many numbers there are, log(1 + number) of the least, the mean one and
-    the largest; then a 1 in the column of the category  # (items, 6 + categories)"""
+    """Length in characters and in words, how many numbers the text has, the least, mean and largest log(1 + number);
+    then a 1 in the column of the item's category  # (items, 6 + categories)"""
     rows = []
     for item in items:
-        found = re.findall(r"\d+(?:\.\d+)?", item.text)
-        logs = np.log1p([min(float(number), 1e9) for number in found] or [0.0])
-        about = [len(item.text), len(item.text.split()), len(found), logs.min(), logs.mean(), logs.max()]
-        rows.append(about + [float(item.category == name) for name in categories])
+        numbers = re.findall(r"\d+(?:\.\d+)?", item.text)
+        logs = np.log1p([min(float(number), 1e9) for number in numbers] or [0.0])
+        counts = [len(item.text), len(item.text.split()), len(numbers), logs.min(), logs.mean(), logs.max()]
+        rows.append(counts + [float(item.category == name) for name in categories])
     return np.array(rows)
 
 
 def linear_simple(train: list[Item], test: list[Item]) -> np.ndarray:
-    """Linear regression on what can be counted without reading a word."""
+    """Linear regression on simple_features, which read no words."""
     from sklearn.linear_model import LinearRegression
 
     categories = sorted({item.category for item in train})
@@ -79,7 +78,8 @@ def ridge_tfidf(train: list[Item], test: list[Item]) -> np.ndarray:
 
 
 def on_word_counts(model, train: list[Item], test: list[Item], dense: bool) -> np.ndarray:
-    """`model` on how often each of the 1,000 commonest words occurs."""
+    """Guesses of `model`, a scikit-learn regressor, from how often each of the 1,000 commonest words occurs. It gets
+    the counts as an array if `dense`, else as a sparse matrix."""
     from sklearn.feature_extraction.text import CountVectorizer
 
     train = sample(train, LIMIT)
@@ -91,7 +91,7 @@ def on_word_counts(model, train: list[Item], test: list[Item], dense: bool) -> n
 
 
 def random_forest(train: list[Item], test: list[Item]) -> np.ndarray:
-    """100 trees; each node looks at a third of the words, as Breiman (2001) advises for regression."""
+    """100 trees; each node chooses from a third of the words, as Breiman (2001) advises for regression."""
     from sklearn.ensemble import RandomForestRegressor
 
     model = RandomForestRegressor(n_estimators=100, max_features=1 / 3, n_jobs=-1, random_state=0)
@@ -99,7 +99,7 @@ def random_forest(train: list[Item], test: list[Item]) -> np.ndarray:
 
 
 def gradient_boosting(train: list[Item], test: list[Item]) -> np.ndarray:
-    """400 trees of 31 leaves, each learning what the earlier ones left over."""
+    """400 trees of 31 leaves, each fitted to the residuals of the earlier ones."""
     from sklearn.ensemble import HistGradientBoostingRegressor
 
     model = HistGradientBoostingRegressor(
@@ -122,7 +122,7 @@ class Block(nn.Module):
 
 
 class ResidualNetwork(nn.Module):
-    """The sum of the vectors of a text's words, three blocks, one number: the standardised log price."""
+    """The sum of the vectors of a text's words, three blocks, and a linear layer to the standardised log price."""
 
     def __init__(self, buckets: int, width: int = 512, dropout: float = 0.1) -> None:
         super().__init__()
@@ -132,13 +132,13 @@ class ResidualNetwork(nn.Module):
         self.read = nn.Sequential(nn.Dropout(dropout), *blocks, nn.LayerNorm(width), nn.Linear(width, 1))
 
     def forward(self, ids: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-        """`ids`: the texts' words, one text after the other; `starts`: where each begins  # (B,)"""
+        """Word ids of all texts, one after the other (words,), and where each text begins (B,) -> (B,)"""
         return self.read(self.embed(ids, starts))[:, 0]
 
 
 def residual_network(train: list[Item], test: list[Item], device: str | torch.device = "cpu") -> np.ndarray:
-    """A residual network on words and word pairs hashed into 8,192 buckets, trained by the absolute error of log price
-    (AdamW, one-cycle schedule, 20 epochs in batches of a fiftieth of the items, 16 to 256)."""
+    """A residual network on words and word pairs hashed into 8,192 buckets, trained by the absolute error of the log
+    price: AdamW, one-cycle schedule, 20 epochs, batches of a fiftieth of the items but 16 to 256."""
     from sklearn.feature_extraction.text import HashingVectorizer
 
     train = sample(train, LIMIT)
@@ -187,28 +187,29 @@ CHEAP = ("constant: mean", "constant: median", "ridge on tf-idf")
 
 
 def run_baselines(train: list[Item], test: list[Item], every: bool, device: str | torch.device = "cpu") -> dict:
-    """{name: {"seconds": to learn and guess, "guess": dollars (test items,)}} of all, or of the cheap ones.
+    """{name: {"seconds": to learn and guess, "guess": dollars (test items,)}} of all baselines (`every`), or of CHEAP.
 
-    What was once computed is read from the user's cache, under a hash of all that decides it: the items, this file and
-    scikit-learn. (The network's last digits depend on the device, too: the first to come stay.)
+    Guesses are stored in the user's cache under a hash of what decides them: the items, this file and the version of
+    scikit-learn. (The network's last digits depend on the device, too; the first result stays.)
     """
-    seen = hashlib.sha256(Path(__file__).read_bytes() + version("scikit-learn").encode())
+    digest = hashlib.sha256(Path(__file__).read_bytes() + version("scikit-learn").encode())
     for items in (train, test):
         for item in items:
-            seen.update(repr((item.text, item.category, item.split, item.price if items is train else 0)).encode())
-    path = cache_directory() / "baselines" / f"{seen.hexdigest()[:32]}.json"
+            digest.update(repr((item.text, item.category, item.split, item.price if items is train else 0)).encode())
+    path = cache_directory() / "baselines" / f"{digest.hexdigest()[:32]}.json"
     try:
-        kept = json.loads(path.read_text())
-    except (OSError, ValueError):  # not there, or damaged: computed again
-        kept = {}
+        results = json.loads(path.read_text())
+    except (OSError, ValueError):  # missing or damaged: computed again
+        results = {}
     names = list(BASELINES) if every else list(CHEAP)
-    missing = [name for name in names if name not in kept]
+    missing = [name for name in names if name not in results]
     for name in tqdm(missing, desc="baselines", unit="baseline", disable=not (every and missing)):
         started = time.perf_counter()
         guess = BASELINES[name](train, test, **({"device": device} if name == "residual network" else {}))
-        kept[name] = {"seconds": round(time.perf_counter() - started, 2), "guess": [round(float(g), 2) for g in guess]}
+        seconds = round(time.perf_counter() - started, 2)
+        results[name] = {"seconds": seconds, "guess": [round(float(g), 2) for g in guess]}
     if missing:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as part:
-            part.write_text(json.dumps(kept))
-    return {name: kept[name] | {"guess": np.array(kept[name]["guess"])} for name in names}
+            part.write_text(json.dumps(results))
+    return {name: results[name] | {"guess": np.array(results[name]["guess"])} for name in names}

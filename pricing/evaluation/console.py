@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: colours, the first example with its loss mask, a priced item, a table."""
+"""What the scripts print: colours, the first example with its loss mask, a priced item, a table."""
 
 import os
 import sys
@@ -9,26 +9,34 @@ CODES = {"green": "32", "yellow": "33", "red": "31", "learnt": "1;35", "dim": "2
 
 
 def paint(text: str, colour: str) -> str:
-    """ANSI colour where a person looks on: not in files and pipes, and never with NO_COLOR set (no-color.org)."""
+    """The text in an ANSI colour of CODES; plain in files and pipes, unless FORCE_COLOR is set, and always plain with
+    NO_COLOR (no-color.org)."""
     if os.environ.get("NO_COLOR") or not (sys.stdout.isatty() or os.environ.get("FORCE_COLOR")):
         return text
     return f"\033[{CODES[colour]}m{text}\033[0m"
 
 
 def show_example(example: Example, tokenizer, learnt: int) -> str:
-    """The decoded prompt and answer, with its first `learnt` tokens, which carry the loss, in [brackets] and colour."""
+    """The decoded prompt and answer. The first `learnt` tokens of the answer, which carry the loss, stand in [brackets]
+    and in colour."""
     answer = "".join(f"[{tokenizer.decode([token])}]" for token in example.answer[:learnt])
     rest = tokenizer.decode(example.answer[learnt:])
     return "  | " + (tokenizer.decode(example.prompt) + paint(answer, "learnt") + rest).replace("\n", "\n  | ")
 
 
 def show_guess(title: str, truth: float, guess: float, colour: str) -> str:
+    """One line about a priced item; truth and guess in dollars"""
     line = f"guess {f'${guess:.0f}':>5}  truth {f'${truth:.2f}':>8}  off by {f'${abs(guess - truth):.2f}':>8}"
     return f"{paint(line, colour)}  {title[:60]}"
 
 
+def signed(dollars: float) -> str:
+    """A difference in dollars: +$3.20 or -$0.50"""
+    return f"{'-' if dollars < 0 else '+'}${abs(dollars):.2f}"
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Columns as wide as their widest cell; the first is text, the others are numbers."""
+    """Lines of columns as wide as their widest cell; the first column is aligned left, the others right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = []
     for row in [header, ["-" * w for w in widths], *rows]:

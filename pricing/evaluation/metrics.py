@@ -1,14 +1,14 @@
-"""How wrong the guesses are, in dollars. Arrays of truths and guesses in, plain numbers out."""
+"""How wrong the guesses are, in dollars. Arrays of true prices and guesses in, plain numbers out."""
 
 import numpy as np
 
 BANDS = (0, 50, 100, 200, 400, 1000)  # dollars
-RESAMPLES = 2000
+RESAMPLES = 2000  # of the bootstrap
 
 
 def colour(truth: float, guess: float) -> str:
-    """green: off by less than $40 or 20 %; yellow: less than $80 or 40 %; red otherwise (the reference project's
-    rule)."""
+    """green: off by less than $40 or 20 % of the truth; yellow: less than $80 or 40 %; red: more (the reference
+    project's rule)."""
     error = abs(truth - guess)
     if error < 40 or error < 0.2 * truth:
         return "green"
@@ -16,11 +16,11 @@ def colour(truth: float, guess: float) -> str:
 
 
 def bootstrap_interval(values: np.ndarray, groups: list[str] | None = None, seed: int = 0) -> list[float]:
-    """95 % interval of the mean, by resampling with replacement (percentile bootstrap)  # [low, high]
+    """[low, high]: the 95 % interval of the mean, by resampling with replacement (percentile bootstrap)
 
-    `groups` names the group of each item: items of one title are variants of one product, missed alike and split
-    together, so whole groups are drawn. Drawn one by one they would count as so many products, and the interval would
-    be too narrow (by a fifth on pc-parts). Without it each item stands alone.
+    `groups` names the group of each item, and whole groups are drawn. Items of one title are variants of one product
+    with similar errors, and the split keeps them together; drawn one by one they would count as so many products, and
+    the interval would be too narrow (by a fifth on pc-parts). Without `groups` each item is drawn by itself.
     """
     rng = np.random.default_rng(seed)
     of = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
@@ -33,11 +33,12 @@ def bootstrap_interval(values: np.ndarray, groups: list[str] | None = None, seed
 def paired_difference(
     errors_a: np.ndarray, errors_b: np.ndarray, groups: list[str] | None = None, seed: int = 0
 ) -> dict:
-    """Mean error of a less that of b on the same items, in dollars, with its 95 % interval: below 0, a is better.
+    """{"difference": mean error of a less that of b on the same items, in dollars, "ci95": its 95 % interval}. Where it
+    lies below 0, a is better.
 
-    The items are resampled, by `groups`, each with both of its errors: what makes an item hard for both cancels out, so
-    the interval is narrower than two separate ones suggest. It says what other items might have given, not what another
-    seed of either training would. Raises ValueError where the errors are not of the same items.
+    Items are resampled, by `groups`, with both of their errors: what makes an item hard for both cancels out, so the
+    interval is narrower than the two separate ones suggest. It tells what other items might give, not what another seed
+    of either training would. Raises ValueError for no items or for unequal numbers of errors.
     """
     if len(errors_a) == 0 or len(errors_a) != len(errors_b):
         raise ValueError(f"cannot compare the errors of {len(errors_a)} items with those of {len(errors_b)}")
@@ -57,7 +58,7 @@ def mean_by(keys: list[str], columns: dict[str, np.ndarray]) -> dict:
 
 
 def band_of(price: float) -> str:
-    """`$50-100` for 64 dollars; the last band takes all from $400 up"""
+    """`$50-100` for 64 dollars; the last band holds all prices from $400 up"""
     number = max(np.searchsorted(BANDS, price, side="right") - 1, 0)
     number = min(number, len(BANDS) - 2)
     return f"${BANDS[number]}-{BANDS[number + 1]}"
@@ -72,17 +73,17 @@ def score(
     interval: tuple[np.ndarray, np.ndarray] | None = None,
     groups: list[str] | None = None,
 ) -> dict:
-    """Every metric of the report. Prices in dollars; `constant` is the guess that knows nothing, the mean training
-    price; `interval` is (low, high) of each item, `groups` what mae_ci95 is resampled by (bootstrap_interval).
+    """Every metric of the report. Prices in dollars; `constant` is one guess for all items, the mean training price;
+    `interval` is the range (low, high) of each item, `groups` what mae_ci95 is resampled by (bootstrap_interval).
 
     mae = mean |truth - guess|; bias = mean(guess - truth); rmsle = sqrt(mean((ln(1 + truth) - ln(1 + guess))^2));
     r2 = 1 - squared error / variance; hits = share of green; ratio = mae / constant_mae; coverage = share of the items
-    with low <= truth <= high; width = mean(high - low). Raises ValueError for no items or a guess that is no number.
+    with low <= truth <= high; width = mean(high - low). Raises ValueError for no items or a guess that is not finite.
     """
     if len(truth) == 0 or len(truth) != len(guess):
         raise ValueError(f"cannot score {len(guess)} guesses of {len(truth)} items")
     if not np.isfinite(guess).all():
-        raise ValueError(f"guess {int(np.flatnonzero(~np.isfinite(guess))[0]) + 1} is no number")
+        raise ValueError(f"guess {int(np.flatnonzero(~np.isfinite(guess))[0]) + 1} is not a number")
     errors = np.abs(truth - guess)
     colours = [colour(t, g) for t, g in zip(truth, guess, strict=True)]
     constant_mae = float(np.abs(truth - constant).mean())

@@ -1,33 +1,27 @@
-"""The report directory: metrics.json, predictions.csv, scatter.png, comparison.png, report.html (needs no other
-file). And what two such directories say together: `evaluate.py --compare a/report b/report`."""
+"""The report directory: metrics.json, predictions.csv, scatter.png, comparison.png and report.html, which holds the
+pictures and needs no other file. Its template is page.html; compare.py compares two such directories.
+"""
 
 import base64
 import csv
 import html
 import json
 from pathlib import Path
+from string import Template
 
 import numpy as np
 
-from pricing.data.items import Item, normalise_title
-from pricing.evaluation.metrics import colour, paired_difference
+from pricing.data.items import Item
+from pricing.evaluation.console import signed
+from pricing.evaluation.metrics import colour
 
-COLUMNS = ["id", "title", "truth", "guess", "low", "high", "error", "colour"]
+COLUMNS = ["id", "title", "truth", "guess", "low", "high", "error", "colour"]  # of predictions.csv
+PAGE = Path(__file__).with_name("page.html")
 PAINT = {"green": "#2a9d4a", "yellow": "#d9a400", "red": "#c8332b"}
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1040px;margin:2em auto;padding:0 1em;color:#222}
-h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2.2em}img{max-width:100%}
-table{border-collapse:collapse;margin:.5em 0;font-variant-numeric:tabular-nums}
-td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right;vertical-align:top;white-space:nowrap}
-td:first-child,th:first-child{text-align:left}th{font-weight:600;color:#555;font-size:.9em}
-.big{font-size:2.2em;font-weight:600}.scroll{overflow-x:auto}.ours td{font-weight:600;background:#eef4fb}
-.bar{height:14px;display:inline-block}.green{background:#2a9d4a}.yellow{background:#d9a400}.red{background:#c8332b}
-.dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.5em}
-.note{color:#666}.items{width:100%}
-.items td:first-child{font-size:.85em;color:#444;white-space:normal;overflow-wrap:anywhere}"""
 
 
 def write_predictions(path: Path, items: list[Item], guess: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-    """One line an item; all prices in dollars, `low` and `high` are the ends of the range."""
+    """Write predictions.csv: a line an item, prices in dollars; `low` and `high` are the ends of the range."""
     with open(path, "w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
         writer.writerow(COLUMNS)
@@ -36,62 +30,9 @@ def write_predictions(path: Path, items: list[Item], guess: np.ndarray, low: np.
             writer.writerow([item.id, item.title, *prices, colour(item.price, g)])
 
 
-def read_predictions(report: str | Path) -> dict[tuple, list[float]]:
-    """{(id, title, truth): errors in dollars}, several where items repeat. Raises ValueError for what is no report."""
-    path = Path(report) / "predictions.csv"
-    if not path.is_file():
-        raise ValueError(f"{report} is no report of evaluate.py: it has no predictions.csv")
-    errors: dict[tuple, list[float]] = {}
-    with open(path, newline="", encoding="utf-8") as handle:
-        try:
-            for row in csv.DictReader(handle):
-                errors.setdefault((row["id"], row["title"], row["truth"]), []).append(float(row["error"]))
-        except (KeyError, ValueError, TypeError, csv.Error) as problem:
-            raise ValueError(f"{path} is damaged or of another version: {problem!r}") from None
-    if not errors:
-        raise ValueError(f"{path} holds no item")
-    return errors
-
-
-def paired_errors(a: str | Path, b: str | Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """The errors of two reports, item by item, in dollars, and the items' titles, for paired_difference.
-
-    Raises ValueError where they are not of the same items.
-    """
-    of_a, of_b = read_predictions(a), read_predictions(b)
-    if {key: len(e) for key, e in of_a.items()} != {key: len(e) for key, e in of_b.items()}:
-        raise ValueError(
-            f"{a} and {b} priced different items ({len(of_a.keys() - of_b.keys()):,} are only in the first, "
-            f"{len(of_b.keys() - of_a.keys()):,} only in the second): only errors of the same items can be compared"
-        )
-    errors_a, errors_b = (np.array([error for key in of_a for error in of[key]]) for of in (of_a, of_b))
-    return errors_a, errors_b, [normalise_title(key[1]) for key in of_a for _ in of_a[key]]
-
-
-def compare_reports(a: str | Path, b: str | Path, seed: int = 0) -> str:
-    """The paired difference of two reports in words."""
-    errors_a, errors_b, products = paired_errors(a, b)
-    paired = paired_difference(errors_a, errors_b, products, seed)
-    low, high = paired["ci95"]
-    better = a if high < 0 else b if low > 0 else None
-    verdict = "no difference that these items can show"
-    if better:
-        verdict = f"{better} is better on such items; what another seed would change, this does not say"
-    return (
-        f"{a}  off by ${errors_a.mean():.2f} on average\n{b}  off by ${errors_b.mean():.2f} on average\n"
-        f"first less second, over the same {len(errors_a):,} items: {signed(paired['difference'])} "
-        f"(95 % interval {signed(low)} to {signed(high)}): {verdict}"
-    )
-
-
-def signed(dollars: float) -> str:
-    """+$3.20 or -$0.50"""
-    return f"{'-' if dollars < 0 else '+'}${abs(dollars):.2f}"
-
-
 def comparison_table(comparison: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) for the terminal and the page, the least error first. What has `above`, the paired difference
-    to the first entry of `comparison`, shows it."""
+    """(header, rows) for the terminal and the page, the least error first. The last column is `above`, the paired
+    difference to the first entry of `comparison`, for entries that have one."""
     header = ["predictor", "mean error", "median error", "RMSLE", "hits", "/ constant", "seconds"]
     header += [f"above {next(iter(comparison))} (95%)"]
     rows = []
@@ -105,7 +46,7 @@ def comparison_table(comparison: dict[str, dict]) -> tuple[list[str], list[list[
 
 
 def headline(metrics: dict, fallback: float) -> str:
-    """What evaluate.py says at its end, a line each; `fallback` dollars stood for answers that were no price"""
+    """What evaluate.py prints at its end; `fallback` dollars were the guess where an answer was not a price"""
     lowest, highest = metrics["mae_ci95"]
     lines = [
         f"\n{metrics['n']:,} held-out items in {metrics['seconds']:.1f} s: off by ${metrics['mae']:.2f} on average "
@@ -122,11 +63,12 @@ def headline(metrics: dict, fallback: float) -> str:
         least = f"${metrics['least_mae']:.2f}"
         lines.append(f"the least reachable error on these items is {least}: the catalogue's own noise")
     if failures := metrics["parse_failures"]:
-        lines.append(f"{failures} answers were no price; they count as ${fallback:.0f}, the median training price")
+        lines.append(f"{failures} answers were not a price; they count as ${fallback:.0f}, the median training price")
     return "\n".join(lines)
 
 
 def figure_and_axes(width: float, height: float):
+    """Of `width` by `height` inches"""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -136,6 +78,7 @@ def figure_and_axes(width: float, height: float):
 
 
 def save(figure, path: Path) -> None:
+    """Write a figure as PNG and free it"""
     import matplotlib.pyplot as plt
 
     figure.savefig(path)
@@ -143,7 +86,7 @@ def save(figure, path: Path) -> None:
 
 
 def draw_scatter(path: Path, truth: np.ndarray, guess: np.ndarray, title: str) -> None:
-    """Guess against truth, coloured, with the diagonal where they are equal."""
+    """Guess against truth in dollars, a dot an item in its colour, with the diagonal where both are equal."""
     figure, axes = figure_and_axes(7, 6.4)
     top = max(float(truth.max()), float(guess.max())) * 1.05
     axes.plot([0, top], [0, top], color="#888", linewidth=1, zorder=1)
@@ -178,7 +121,7 @@ def draw_comparison(path: Path, comparison: dict[str, dict]) -> None:
 
 
 def html_table(header: list[str], rows: list[list[str]], strong: str = "") -> str:
-    """`strong` is the first cell of the row to stand out."""
+    """A table of escaped cells; the row whose first cell is `strong` stands out."""
     cells = "".join(f"<th>{html.escape(c)}</th>" for c in header)
     body = ""
     for row in rows:
@@ -199,6 +142,7 @@ def groups_table(name: str, groups: dict[str, dict], total: float) -> str:
 
 
 def items_table(items: list[Item], guess: np.ndarray, interval: tuple[np.ndarray, np.ndarray], chosen) -> str:
+    """The items of the indices `chosen`, in this order: text, truth, guess, range, error"""
     rows = ""
     for i in chosen:
         price, text = items[i].price, items[i].text
@@ -213,52 +157,48 @@ def items_table(items: list[Item], guess: np.ndarray, interval: tuple[np.ndarray
     return f'<div class=scroll><table class="items">{head}{rows}</table></div>'
 
 
-def write_html(path: Path, metrics: dict, comparison: dict, items: list[Item], guess, interval, about: str) -> None:
-    """One self-contained page; the pictures beside `path` are embedded."""
+def picture_source(path: Path) -> str:
+    """A picture as the address of an <img>, so that the page needs no other file"""
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
-    def picture(name: str, words: str) -> str:
-        data = base64.b64encode((path.parent / name).read_bytes()).decode()
-        return f'<img alt="{words}" src="data:image/png;base64,{data}">'
 
+def page(directory: Path, metrics: dict, comparison: dict, items: list[Item], guess, interval, description: str) -> str:
+    """report.html as text; the pictures of `directory` are embedded. Arguments as for write_report."""
     m, (low, high), total = metrics, metrics["mae_ci95"], metrics["mae"] * metrics["n"]
     shares = "".join(
         f'<span class="bar {name}" style="width:{m[name] / m["n"]:.2%}" title="{m[name]} {name}"></span>'
         for name in ("green", "yellow", "red")
     )
-    floor = f" The least reachable error on these items is ${m['least_mae']:.2f}." if "least_mae" in m else ""
+    least = f" The least reachable error on these items is ${m['least_mae']:.2f}." if "least_mae" in m else ""
     others = sorted((c["mae"], name) for name, c in list(comparison.items())[1:])
     best = f" The best of the other predictors here, {others[0][1]}, is off by ${others[0][0]:.2f}." if others else ""
     truth = np.array([item.price for item in items])
     errors = np.abs(truth - guess)
+    worst, best_relative = (np.argsort(values, kind="stable")[:20] for values in (-errors, errors / truth))
     by_error = dict(sorted(m["categories"].items(), key=lambda pair: -pair[1]["n"] * pair[1]["mae"]))
-    path.write_text(
-        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>How far off are the prices?</title>
-<meta name="viewport" content="width=device-width"><style>{STYLE}</style>
-<h1>How far off are the prices?</h1>
-<p><span class="big">${m["mae"]:.2f}</span> off on average, over {m["n"]:,} products that the model was not trained on
-(95% interval ${low:.2f} to ${high:.2f}). Half of the guesses are off by less than ${m["median_error"]:.2f}.
-Guessing the mean price for everything is off by ${m["constant_mae"]:.2f}: the model's error is
-{m["ratio"]:.0%} of that.{best}{floor}</p>
-<div style="width:100%;white-space:nowrap;font-size:0">{shares}</div>
-<p class="note">{m["hits"]:.1%} green: off by less than $40 or 20%. Yellow: less than $80 or 40%. Red: more.</p>
-<p class="note">{html.escape(about)}</p>
-<h2>Against other predictors</h2>{picture("comparison.png", "mean error of each predictor, the least on top")}
-{html_table(*comparison_table(comparison), next(iter(comparison)))}
-<p class="note">Errors in dollars. Hits: share of green. Seconds: the language models' to price the items, the others'
-to learn and to price, when that was computed. The last column is how much more a predictor is off than the
-model on the same items: where its interval lies above 0, the model is better.</p>
-<h2>Guess against truth</h2>{picture("scatter.png", "guess against truth")}
-<h2>Price ranges</h2><p>The {m["share"]:.0%} ranges hold the true price of {m["coverage"]:.1%} of the items and are
-${m["width"]:.0f} wide on average.</p>
-<h2>By price</h2>{groups_table("price", m["bands"], total)}
-<h2>By category</h2>{groups_table("category", by_error, total)}
-<p class="note">Bias: the mean of guess less truth. Categories by their share of all error.</p>
-<h2>The twenty worst</h2>{items_table(items, guess, interval, np.argsort(-errors, kind="stable")[:20])}
-<h2>The twenty best, measured by their price</h2>
-{items_table(items, guess, interval, np.argsort(errors / truth, kind="stable")[:20])}
-</html>
-""",
-        encoding="utf-8",
+    return Template(PAGE.read_text(encoding="utf-8")).substitute(
+        n=f"{m['n']:,}",
+        mae=f"${m['mae']:.2f}",
+        low=f"${low:.2f}",
+        high=f"${high:.2f}",
+        median_error=f"${m['median_error']:.2f}",
+        constant_mae=f"${m['constant_mae']:.2f}",
+        ratio=f"{m['ratio']:.0%}",
+        best_other=best,
+        least_error=least,
+        shares=shares,
+        hits=f"{m['hits']:.1%}",
+        description=html.escape(description),
+        comparison_png=picture_source(directory / "comparison.png"),
+        comparison_table=html_table(*comparison_table(comparison), next(iter(comparison))),
+        scatter_png=picture_source(directory / "scatter.png"),
+        share=f"{m['share']:.0%}",
+        coverage=f"{m['coverage']:.1%}",
+        width=f"${m['width']:.0f}",
+        bands_table=groups_table("price", m["bands"], total),
+        categories_table=groups_table("category", by_error, total),
+        worst_table=items_table(items, guess, interval, worst),
+        best_table=items_table(items, guess, interval, best_relative),
     )
 
 
@@ -269,13 +209,18 @@ def write_report(
     guess: np.ndarray,
     interval: tuple[np.ndarray, np.ndarray],
     comparison: dict[str, dict],
-    about: str,
+    description: str,
 ) -> None:
-    """Fill an empty directory. `comparison` maps each predictor to its metrics, the fine-tuned model first."""
+    """Write the report's files into an empty directory.
+
+    `guess` (n,) and `interval`, two arrays (n,), are in dollars; `comparison` maps each predictor to its metrics, the
+    fine-tuned model first; `description` is what the page says of the run.
+    """
     truth = np.array([item.price for item in items])
     (directory / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_predictions(directory / "predictions.csv", items, guess, *interval)
     title = f"{metrics['n']:,} held-out products, off by ${metrics['mae']:.2f} on average"
     draw_scatter(directory / "scatter.png", truth, guess, title)
     draw_comparison(directory / "comparison.png", comparison)
-    write_html(directory / "report.html", metrics, comparison, items, guess, interval, about)
+    text = page(directory, metrics, comparison, items, guess, interval, description)
+    (directory / "report.html").write_text(text, encoding="utf-8")

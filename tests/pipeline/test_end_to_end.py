@@ -395,7 +395,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(place, tmp_path):
         (["train.py", *model, *data, "--out", tmp_path / "full"], "full exists and is no earlier run"),
         (["train.py", "--resume", "--out", tmp_path / "bare"], "bare is no checkpoint of train.py"),
         (["evaluate.py", "--ckpt", tmp_path / "bare"], "bare is no checkpoint of train.py"),
-        (["evaluate.py", "--compare", tmp_path / "bare", place], "bare is no report of evaluate.py"),
+        (["evaluate.py", "--compare", tmp_path / "bare", place], "bare is not a report of evaluate.py"),
         (["predict.py", "--ckpt", tmp_path / "nowhere", "mug"], "nowhere is no checkpoint of train.py"),
         (["predict.py", "--ckpt", tmp_path / "damaged", "mug"], "run.json is damaged or of another version"),
         (["predict.py", "--ckpt", tmp_path / "five", "mug"], "five/run.json is damaged or of another version"),

@@ -80,12 +80,12 @@ def variant(text: str, rng: random.Random, changed: int) -> str:
 
 # ---- rules ---------------------------------------------------------------------------------------------------------
 
-BAD_KIND = "records whose fields are of another kind"
+BAD_KIND = "records with fields of another type"
 BAD = [
-    (lambda r: "{no json", "records that are no JSON"),
-    (lambda r: json.dumps(r)[:-40], "records that are no JSON"),
-    (lambda r: "[" * 100_000, "records that are no JSON"),
-    (lambda r: [r], "records that are no object"),
+    (lambda r: "{no json", "records that are not JSON"),
+    (lambda r: json.dumps(r)[:-40], "records that are not JSON"),
+    (lambda r: "[" * 100_000, "records that are not JSON"),
+    (lambda r: [r], "records that are not an object"),
     (lambda r: {k: v for k, v in r.items() if k != "price"}, "records that lack the field `price`"),
     (lambda r: r | {"price": "from 12.99"}, "records with an unreadable price"),
     (lambda r: r | {"price": 10**400}, "records with an unreadable price"),
@@ -630,7 +630,7 @@ def test_strict_names_the_first_broken_record(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="a.jsonl, record 4: one of the records with an unreadable price"):
         curate([path], tmp_path / "out.parquet", SECOND, strict=True)
     report = curate([path], tmp_path / "out.parquet", SECOND)
-    assert report["first"]["records that are no JSON"] == "a.jsonl, record 6"
+    assert report["first"]["records that are not JSON"] == "a.jsonl, record 6"
 
 
 def bad_inputs(folder: Path) -> dict[str, str]:
@@ -654,9 +654,9 @@ def bad_inputs(folder: Path) -> dict[str, str]:
         "not.jsonl.gz": "not.jsonl.gz is cut short or damaged .*; fetch it again",
         "not.parquet": "not.parquet is no readable Parquet file",
         "cost.parquet": "cost.parquet lacks the column price; it has title, cost",
-        "none.parquet": "none.parquet holds no record: it is empty",
-        "empty.jsonl": "empty.jsonl holds no record: it is empty",
-        "reviews.jsonl": "reviews.jsonl holds no readable record .3 records that lack the field `price`.*raw_meta",
+        "none.parquet": "none.parquet has no records: it is empty",
+        "empty.jsonl": "empty.jsonl has no records: it is empty",
+        "reviews.jsonl": "reviews.jsonl has no readable records .3 records that lack the field `price`.*raw_meta",
         "unpriced.jsonl": "no item is left to train on: 3 without a price",
     }
 
@@ -702,7 +702,7 @@ def test_the_terminal_says_what_the_json_says(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [*(record(n) for n in range(40)), "{", *unpriced])
     main([str(path), "--out", str(tmp_path / "o.parquet"), "--max-tokens", "50", "--workers", "1"])
     said = " ".join(capsys.readouterr().out.split())
-    assert said.startswith("50 records read -1 that are no JSON (first: a.jsonl, record 41) -9 without a price")
+    assert said.startswith("50 records read -1 that are not JSON (first: a.jsonl, record 41) -9 without a price")
     assert "40 candidates 40 items 34 train 2 val 4 test" in said
     assert all(token_rule(50, 50).fullmatch(row["text"]) for row in rows_of(tmp_path / "o.parquet"))
 

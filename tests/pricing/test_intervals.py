@@ -50,7 +50,7 @@ def test_offset_by_hand():
     scores = [math.log(0.5), math.log(0.8), math.log(1.0), math.log(3.0)]
     for share, rank in ((0.2, 1), (0.4, 2), (0.5, 3), (0.6, 3), (0.61, 4), (0.8, 4)):  # ceil(5 share)
         assert conformal_offset(low, high, truth, share) == pytest.approx(scores[rank - 1]), share
-    with pytest.raises(ValueError, match="4 validation items are too few .* holds 81%.*: 5 are needed"):
+    with pytest.raises(ValueError, match="4 validation items are too few .* contains 81%.*: 5 are needed"):
         conformal_offset(low, high, truth, 0.81)
     assert conformal_offset(np.ones(99), np.arange(1.0, 100), np.full(99, 50.0), 0.07) == pytest.approx(
         math.log(50 / 93)  # the 7th of the scores log(50 / high), not the 8th: (99 + 1) 0.07 is 7
@@ -119,7 +119,7 @@ def test_ranges_that_make_no_sense_are_refused():
         conformal_offset(ones[:0], ones[:0], ones[:0], 0.8)
 
 
-def test_ranges_are_moved_by_what_held_out_forecasts_ask_for():
+def test_ranges_are_moved_by_what_the_calibration_set_asks_for():
     rng = np.random.default_rng(0)
     quantiles = log_quantiles(rng.dirichlet(np.ones(1000), 12))
     truth = rng.uniform(1, 900, 12)

@@ -120,5 +120,5 @@ def test_bands_at_their_borders():
 def test_scores_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="cannot score"):
         score(np.array([]), np.array([]), 1.0, [])
-    with pytest.raises(ValueError, match="guess 2 is no number"):
+    with pytest.raises(ValueError, match="guess 2 is not a number"):
         score(np.array([1.0, 2.0]), np.array([1.0, np.nan]), 1.0, ["", ""])

@@ -12,7 +12,7 @@ from conftest import shared
 
 from llama.tokenizer import Tokenizer
 from pricing.data import sources
-from pricing.data.batch import batches, by_length, count_batches, pack, plan, shape_of
+from pricing.data.batch import batches, count_batches, length_batches, pack, pack_epoch, shape_of
 from pricing.data.items import (
     REPEATED,
     Item,
@@ -80,8 +80,8 @@ def test_bad_rows_are_counted_by_reason_or_named_with_strict(tmp_path):
     assert len(items) == 1
     assert sum(skipped.counts.values()) == 7
     assert "2 rows with a price outside $0.50 to $999.49 (first: row 3)" in str(skipped)
-    assert "2 rows that are no object (first: row 2)" in str(skipped)
-    with pytest.raises(ValueError, match="items.jsonl, row 2: one of the rows that are no object"):
+    assert "2 rows that are not an object (first: row 2)" in str(skipped)
+    with pytest.raises(ValueError, match="items.jsonl, row 2: one of the rows that are not an object"):
         items_from_rows(read_rows(path), str(path), strict=True)
 
 
@@ -92,7 +92,7 @@ def test_what_no_file_can_hold_spoils_no_other_row(tmp_path):
     path.write_text("\n".join([*half, '{"price": ' + "9" * 5000 + "}", "[" * 100_000, json.dumps(row())]))
     items, skipped = items_from_rows(read_rows(path), str(path))
     assert [item.title for item in items] == ["caf? mug", "mug ?", "Steel mug"] and items[1].id == "?"
-    assert str(skipped) == "2 rows that are no object (first: row 3)"
+    assert str(skipped) == "2 rows that are not an object (first: row 3)"
     assert len(sample(items, 2)) == 2
 
 
@@ -367,7 +367,8 @@ def test_every_epoch_has_every_item_once_and_resumes_anywhere():
     assert flat[: sizes[0]] != flat[sizes[0] : sizes[1]]
     real = sum(pack(batch, shape).real_tokens for batch in flat[: sizes[0]])
     assert real / (sizes[0] * shape.tokens) > 0.9  # little filler
-    read = [[sum(len(examples[i].prompt) for i in b) for b in plan(examples, shape, seed, 0)] for seed in range(10)]
+    epochs = [pack_epoch(examples, shape, seed, 0) for seed in range(10)]
+    read = [[sum(len(examples[i].prompt) for i in items) for items in epoch] for epoch in epochs]
     assert np.mean([np.argmin(sizes) / len(sizes) for sizes in read]) < 0.7  # the least filled does not come last
     for start in (0, 3, sizes[0], sizes[0] + 2):
         resumed = batches(examples, shape, seed=3, start=start)
@@ -378,5 +379,5 @@ def test_every_epoch_has_every_item_once_and_resumes_anywhere():
 
 def test_batches_by_length_cover_all_longest_first():
     prompts = [[0] * n for n in (3, 9, 1, 7, 5)]
-    assert list(by_length(prompts, 18)) == [[1, 3], [4, 0, 2]]
-    assert list(by_length(prompts, 1)) == [[1], [3], [4], [0], [2]]
+    assert list(length_batches(prompts, 18)) == [[1, 3], [4, 0, 2]]
+    assert list(length_batches(prompts, 1)) == [[1], [3], [4], [0], [2]]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from pricing.data.items import Item
+from pricing.evaluation.compare import compare_reports
 from pricing.evaluation.metrics import paired_difference, score
-from pricing.evaluation.report import compare_reports, comparison_table, write_predictions, write_report
+from pricing.evaluation.report import comparison_table, write_predictions, write_report
 
 
 @pytest.fixture
@@ -131,11 +132,11 @@ def test_different_items_are_refused(tmp_path, prices, names, counts):
 
 def test_what_is_no_report_is_refused(tmp_path):
     good = predictions(tmp_path / "a", [10.0], [1])
-    with pytest.raises(ValueError, match="nowhere is no report of evaluate.py"):
+    with pytest.raises(ValueError, match="nowhere is not a report of evaluate.py"):
         compare_reports(good, tmp_path / "nowhere")
     bad = predictions(tmp_path / "b", [10.0], [1])
     for content, words in (
-        ("", "holds no item"),
+        ("", "has no item"),
         ("id,title,truth,error\n0,t,1,abc\n", "damaged or of another version"),
         ("id,title,truth\n0,t,1\n", "damaged or of another version"),
         ("id,title,truth,error\n0,t\n", "damaged or of another version"),
