@@ -57,7 +57,7 @@ NEUTRAL = {
 
 
 def config_from_directory(directory: str | Path) -> LlamaConfig:
-    """Raises ValueError that names the file when it is missing, no JSON, or describes another network."""
+    """Raises ValueError that names config.json where it is missing, no JSON, or describes another network."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} does not exist: {directory} is no Hugging Face style model directory")
@@ -68,7 +68,7 @@ def config_from_directory(directory: str | Path) -> LlamaConfig:
 
 
 def config_from_dict(raw: dict) -> LlamaConfig:
-    """Hugging Face's keys, both before and since transformers 5 (which moved rope_theta into `rope_parameters`).
+    """From Hugging Face's keys, both before and since transformers 5 (which moved rope_theta into `rope_parameters`).
 
     Raises ValueError in one line that names the key.
     """
@@ -85,7 +85,7 @@ def config_from_dict(raw: dict) -> LlamaConfig:
         head_dim = raw["head_dim"] if family.explicit_head_dim else raw.get("head_dim")
         head_dim = head_dim or raw["hidden_size"] // heads
         bias = bool(raw.get("attention_bias", False))
-        caps = {key: raw[key] for key in family.soft_caps}  # a missing key is no null
+        caps = {key: raw[key] for key in family.soft_caps}  # null is a value, a missing key an error
         gemma = family.norm_offset
         return LlamaConfig(
             vocab_size=raw["vocab_size"],
@@ -118,7 +118,7 @@ def config_from_dict(raw: dict) -> LlamaConfig:
 
 
 def _refuse(raw: dict, family: Family) -> None:
-    """Keys whose value asks for what this network, or transformers' code for this family, does not do"""
+    """Raises ValueError for a key that asks for what we, or transformers' code for this family, do not compute."""
     wanted = ACTIVATIONS[family.glu]
     # Gemma's files may hold both keys: transformers reads hidden_activation and ignores hidden_act.
     key = "hidden_activation" if family.glu == "geglu" else "hidden_act"
@@ -141,7 +141,7 @@ def _refuse(raw: dict, family: Family) -> None:
 
 
 def _windows(raw: dict, family: Family) -> tuple[int | None, ...]:
-    """The width of each layer's sliding window, None for full attention"""
+    """The width in tokens of each layer's sliding window, None for full attention."""
     layers, kinds = raw["num_hidden_layers"], raw.get("layer_types")
     if family.windows in ("none", "all"):
         if kinds and len(set(kinds)) > 1:
@@ -162,7 +162,7 @@ def _windows(raw: dict, family: Family) -> tuple[int | None, ...]:
 
 
 def _rope(raw: dict, family: Family) -> dict:
-    """rope_theta, rope_scaling and local_rope_theta, wherever this release of transformers wrote them"""
+    """rope_theta, rope_scaling and local_rope_theta, wherever the release of transformers put them."""
     rope, local_theta = raw.get("rope_parameters") or raw.get("rope_scaling") or {}, None
     if family.local_rope:
         local = rope.get("sliding_attention") or {"rope_theta": raw.get("rope_local_base_freq")}
@@ -194,7 +194,8 @@ def _rope(raw: dict, family: Family) -> dict:
 
 
 def _long_rope(raw: dict, rope: dict) -> LongRope:
-    """Phi-3 writes the original context outside of rope_scaling, and no `factor`: the contexts' ratio is meant."""
+    """Phi-3's stretching. Its files write the original context outside of rope_scaling, and no `factor`: that is the
+    ratio of the two contexts."""
     original = raw.get("original_max_position_embeddings") or rope["original_max_position_embeddings"]
     factor = rope.get("factor") or raw["max_position_embeddings"] / original
     attention = rope.get("attention_factor")

@@ -1,4 +1,7 @@
-"""Put LoRA into a model: freeze everything, wrap the chosen linears, assert that nothing else can learn."""
+"""Put LoRA into a model: freeze everything, wrap the chosen linears, assert that nothing else can learn.
+
+    names = inject(model, rank=16, alpha=32)       # layers.0.self_attn.q_proj, ...
+"""
 
 from torch import nn
 
@@ -26,7 +29,7 @@ def inject(
 ) -> list[str]:
     """Wrap every frozen linear whose last name is in `targets`; return their full names, in order. Once a model.
 
-    Raises ValueError where a target names no layer (a typing error would otherwise train a smaller model in silence),
+    Raises ValueError where a target names no layer (a typing error would train a smaller adapter in silence),
     where rank, alpha or dropout make no sense, and where anything but LoRA factors is left trainable.
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
@@ -37,23 +40,23 @@ def inject(
     model.requires_grad_(False)
     # Collected first: the walk must not step into the layers that it is adding.
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
-    found = [(name, module) for name, module in linears if name.rpartition(".")[2] in wanted]
-    unmatched = [t for t in wanted if not any(name.rpartition(".")[2] == t for name, _ in found)]
-    if unmatched or not found:
+    chosen = [(name, module) for name, module in linears if name.rpartition(".")[2] in wanted]
+    unmatched = [t for t in wanted if not any(name.rpartition(".")[2] == t for name, _ in chosen)]
+    if unmatched or not chosen:
         known = sorted({name.rpartition(".")[2] for name, _ in linears})
         raise ValueError(
             f"LoRA targets {', '.join(unmatched or [targets])} name no layer; the model has {', '.join(known)}"
         )
-    for name, module in found:
+    for name, module in chosen:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, dropout, rslora))
-    # Frozen weights are buffers and cannot appear here; embedding, head and norms are parameters that ask for no
-    # gradient.
+    # Frozen weights are buffers and cannot appear here; embedding, head and norms are parameters, none of which may ask
+    # for a gradient.
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    expected = {f"{name}.{factor}" for name, _ in found for factor in ("lora_A", "lora_B")}
+    expected = {f"{name}.{factor}" for name, _ in chosen for factor in ("lora_A", "lora_B")}
     if trainable != expected:
         raise ValueError(f"trainable tensors differ from the LoRA factors: {sorted(trainable ^ expected)[:5]}")
-    return [name for name, _ in found]
+    return [name for name, _ in chosen]
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, id for id as the model's own tokenizer does it.  Imported by the scripts, not run alone:
+"""Text to token ids and back, id for id as the model's own tokenizer does it.
 
     tokenizer = Tokenizer.from_directory(model)
     ids = tokenizer.encode_prompt("... Price is $") + tokenizer.encode_answer("129.00")
@@ -16,7 +16,7 @@ from llama.tokenizer import bpe, spm
 
 
 class Tokenizer:
-    """`vocab_size` is the highest id + 1, the rows an embedding must have; `bos_id` and `eos_id` may be None."""
+    """`vocab_size` is the highest id + 1: the rows that an embedding must have. `bos_id` and `eos_id` may be None."""
 
     def __init__(self, backend, bos_id: int | None, eos_id: int | None, adds_bos: bool):
         self._backend, self.bos_id, self.eos_id, self.adds_bos = backend, bos_id, eos_id, adds_bos
@@ -45,7 +45,7 @@ class Tokenizer:
         raise ValueError(f"{path}: has neither tokenizer.json nor tokenizer.model; give a complete model directory")
 
     def encode_prompt(self, text: str) -> list[int]:
-        """ids = [bos_id if adds_bos] + encode(text). The one way in for training and pricing: BOS is there once.
+        """ids = [bos_id if adds_bos] + encode(text). Training and pricing both use this, so BOS is there once.
 
         A product title is untrusted: "<|endoftext|>" in it is spelled out like any text, never the control token.
         """
@@ -56,7 +56,10 @@ class Tokenizer:
         return self._backend.encode_continuation(_well_formed(text))
 
     def decode(self, ids) -> str:
-        """The text of `ids`. Control tokens (BOS, EOS, ...) have none; broken UTF-8 becomes U+FFFD."""
+        """The text of `ids`. Control tokens (BOS, EOS, ...) have none; broken UTF-8 becomes U+FFFD.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
         ids = [int(i) for i in ids]
         if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
             raise ValueError(f"token id {wrong[0]} is outside the vocabulary of {self.vocab_size} tokens")
@@ -92,7 +95,7 @@ def _from_tiktoken(lines: bytes) -> Tokenizer:
 
 
 def _names(config: dict) -> list[str | None]:
-    """BOS and EOS in tokenizer_config.json"""
+    """BOS and EOS in tokenizer_config.json."""
     return [t["content"] if isinstance(t, dict) else t for t in (config.get("bos_token"), config.get("eos_token"))]
 
 
@@ -108,9 +111,9 @@ def _from_json(data: dict, config: dict) -> Tokenizer:
     if unknown := [t for t in names if t is not None and t not in known]:
         raise ValueError(f"has no token {unknown[0]!r}, which tokenizer_config.json names")
     # transformers 5 believes the template alone; version 4's Llama classes believed add_bos_token alone.
-    bos, says = _template_bos(data.get("post_processor")), config.get("add_bos_token")
-    if says is not None and says != (bos is not None):
-        raise ValueError(f"post_processor and add_bos_token {says} in tokenizer_config.json disagree, correct one")
+    bos, adds_bos = _template_bos(data.get("post_processor")), config.get("add_bos_token")
+    if adds_bos is not None and adds_bos != (bos is not None):
+        raise ValueError(f"post_processor and add_bos_token {adds_bos} in tokenizer_config.json disagree, correct one")
     backend = _byte_fallback(data, added) if model.get("byte_fallback") else _byte_level(data, added)
     return Tokenizer(backend, known.get(names[0]) if bos is None else bos, known.get(names[1]), bos is not None)
 
@@ -133,8 +136,10 @@ def _byte_fallback(data: dict, added: dict[str, dict]) -> spm.SentencePiece:
 
 
 def _pattern(pre: dict) -> str:
-    """The one regular expression that cuts as the pre_tokenizer does. A new family is a row in `PRE_TOKENIZERS` and a
-    test."""
+    """The one regular expression that cuts as the pre_tokenizer does. Raises ValueError where there is none.
+
+    A new family is a row in `PRE_TOKENIZERS` and a test.
+    """
     steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
     # trim_offsets moves character offsets, not ids; a file older than use_regex means true.
     steps = [{k: v for k, v in (bpe.BYTE_LEVEL | s if s["type"] == "ByteLevel" else s).items() if k != "trim_offsets"}
@@ -146,7 +151,7 @@ def _pattern(pre: dict) -> str:
 
 
 def _template_bos(post: dict | None) -> int | None:
-    """The id that the post_processor puts in front of a text, if it does that and nothing else."""
+    """The id that the post_processor puts in front of a text, or None. Raises ValueError for anything else."""
     bos = None
     for step in post["processors"] if post and post["type"] == "Sequence" else [post] if post else []:
         match step:

@@ -98,11 +98,15 @@ class ByteLevel:
 
 
 def listed_merges(model: dict) -> list[tuple[str, str]]:
+    """A tokenizer.json's merges as pairs: older files write "a b", newer ones ["a", "b"]."""
     return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
 
 
 def merge_order(merges: list[tuple[str, str]]) -> dict[str, int]:
-    """Merged tokens in merge order; Llama 3 and Gemma list several pairs per token, one after the other."""
+    """Merged token -> its rank. Llama 3 and Gemma list several pairs for a token, one after the other.
+
+    Raises ValueError where the pairs of one token do not stand together.
+    """
     merged = dict.fromkeys(a + b for a, b in merges)
     if sum(x != y for x, y in pairwise([None, *(a + b for a, b in merges)])) != len(merged):
         raise ValueError("the merges of one token do not stand together, so it has no single rank")
@@ -110,7 +114,8 @@ def merge_order(merges: list[tuple[str, str]]) -> dict[str, int]:
 
 
 def check_merges(ranks: dict, pairs: set[tuple], unreachable: bool) -> None:
-    """Every token's bytes (or characters), merged by the ranks below its own, end as a listed pair (why: at the top).
+    """Raises ValueError unless every token's bytes (or characters), merged by the ranks below its own, end as a listed
+    pair (why: at the top).
 
     With `unreachable` they may also end as three symbols or more: no merge makes such a token (Gemma's ▁======), and
     it comes from a piece equal to it (with ignore_merges) or never (SentencePiece).

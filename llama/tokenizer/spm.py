@@ -49,8 +49,9 @@ class SentencePiece:
         return self.model.decode([i for i in ids if i < self.vocab_size])
 
     def id_of(self, token: str) -> int | None:
-        found = self.model.piece_to_id(token)
-        return None if found == self.model.unk_id() and token != self.model.id_to_piece(found) else found
+        """None where the vocabulary lacks it: SentencePiece itself answers with the unknown token."""
+        piece = self.model.piece_to_id(token)
+        return None if piece == self.model.unk_id() and token != self.model.id_to_piece(piece) else piece
 
 
 def _field(tag: int, payload: bytes) -> bytes:
@@ -124,7 +125,10 @@ def from_json(data: dict, merges: list[tuple[str, str]], ranks: dict[str, int], 
 
 
 def _added_kind(name: str, token: dict, dummy_prefix: bool) -> int:
-    """User-defined where both libraries cut the token out of the text and leave the rest as it is"""
+    """User-defined where both libraries cut the token out of the text and leave the rest alone; else a control token.
+
+    Raises ValueError where it is neither.
+    """
     if token["special"]:
         return CONTROL
     changes = dummy_prefix or any(token.get(key) for key in ("single_word", "lstrip", "rstrip", "normalized"))
@@ -148,7 +152,7 @@ def _check_runs(runs: set[str], merges: list[tuple[str, str]]) -> None:
 
 
 def _prefix(normalizer: dict | None, pre: dict | None) -> tuple[bool, bool]:
-    """Whether ▁ goes before a text, and whether only where no space is; the three ways in which files say so"""
+    """Whether ▁ goes before a text, and whether only where no space is. Files say so in three ways."""
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace]}
     # After the normalizer there is no space left to split at.

@@ -148,6 +148,23 @@ def test_a_sync_that_fails_in_earnest_is_an_error(tmp_path, writer, what, number
     assert set(os.listdir(tmp_path)) <= {"out"}
 
 
+def test_an_entry_that_cannot_be_synced_leaves_the_new_directory_alone(tmp_path, monkeypatch):
+    with write_directory(tmp_path / "run") as part:
+        (part / "a").write_text("first")
+    fsync = os.fsync
+
+    def failing(descriptor):
+        if os.path.realpath(f"/proc/self/fd/{descriptor}") == os.path.realpath(tmp_path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        with write_directory(tmp_path / "run") as part:
+            (part / "a").write_text("second")
+    assert os.listdir(tmp_path) == ["run"] and (tmp_path / "run" / "a").read_text() == "second"
+
+
 # ---- directories ---------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +173,7 @@ def test_a_directorys_contents_are_synced_then_renamed_then_the_entry_is_synced(
         (part / "a").write_text("new")
         (part / "state").mkdir()
         (part / "state" / "b").write_text("new")
+        (part / "a").chmod(0o600)  # as safetensors leaves its files
     *synced, renamed, entry = events
     assert set(synced) == {("sync", path) for path in (part / "a", part / "state" / "b", part / "state", part)}
     assert renamed == ("rename", part, tmp_path / "run") and entry == ("sync", tmp_path)

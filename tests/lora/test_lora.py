@@ -1,6 +1,7 @@
 """LoRA: where it starts, what it may change, and PEFT's format read and written, against peft itself."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fast.linears import group_linears
 from llama.attention import Layout
 from lora.adapter import load_adapter, save_adapter
 from lora.inject import inject, lora_layers
+from lora.merge import merge
 from lora.optim import FlatFactors, make_optimiser
 from pipeline.checkpoint import load_state, save_state
 
@@ -208,3 +210,34 @@ def test_damaged_adapters_are_refused_by_name(tmp_path):
     (good / "adapter_model.safetensors").write_bytes((good / "adapter_model.safetensors").read_bytes()[:100])
     with pytest.raises(ValueError, match="damaged or cut short"):
         load_adapter(our_model(directory), good)
+
+
+def test_merging_names_what_does_not_fit_and_leaves_nothing(tiny, tmp_path):
+    model, base = our_model(tiny[1]), tmp_path / "base"
+    inject(model, rank=4, alpha=8, targets="q_proj")
+    ckpt, out = tmp_path / "out", tmp_path / "merged"
+    ckpt.mkdir()
+    with pytest.raises(ValueError, match=f"{ckpt} is no whole checkpoint of train.py: "):
+        merge(ckpt, tiny[1], out)
+    save_adapter(model, ckpt, base_model="x")
+    (ckpt / "run.json").write_text(json.dumps({"options": {"bits": 16, "blocksize": 64, "double_quant": True}}))
+    with pytest.raises(ValueError, match=f"{ckpt} exists; choose another name"):
+        merge(ckpt, tiny[1], ckpt)
+    with pytest.raises(ValueError, match=f"{base} holds no safetensors"):
+        merge(ckpt, base, out)
+    shutil.copytree(tiny[1], base)
+    rewritten = load_file(base / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    weight = rewritten.pop(name)
+    save_file(rewritten, base / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{base} lacks the weight that .*layers.1.self_attn.q_proj.* belongs to"):
+        merge(ckpt, base, out)
+    save_file(rewritten | {name: weight[:5].contiguous()}, base / "model.safetensors")
+    with pytest.raises(ValueError, match="a weight of the base is .*: another base model"):
+        merge(ckpt, base, out)
+    whole = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=f"{base / 'model.safetensors'} is truncated or damaged") as error:
+        merge(ckpt, base, out)
+    assert "\n" not in str(error.value) and {p.name for p in tmp_path.iterdir()} >= {"base", "out"}
+    assert not out.exists() and not list(tmp_path.glob(".merged*"))

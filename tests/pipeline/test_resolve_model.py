@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import our_model
+from filelock import FileLock
 
-from common.hub import FileLock, sha256
+from common.hub import sha256
 from llama.attention import Layout
 from pipeline import hub
 
