@@ -33,9 +33,9 @@ from pricing.data.sources import load_items
 from pricing.distribution.decode import greedy_prices, pick
 from pricing.distribution.intervals import calibrated_range, cross_calibrated_range
 from pricing.evaluation.baselines import run_baselines
+from pricing.evaluation.compare import compare_reports
 from pricing.evaluation.console import show_guess, table
 from pricing.evaluation.metrics import colour, paired_difference, score
-from pricing.evaluation.compare import compare_reports
 from pricing.evaluation.report import comparison_table, headline, write_report
 
 BLEND = "fine-tuned, blended with forest and network"

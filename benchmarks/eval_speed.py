@@ -18,9 +18,10 @@ import torch
 from benchmarks.random_model import directory_of
 from benchmarks.shapes import SHAPES
 from benchmarks.workload import W8B, random_sequences
+from fast.install import install
 from fast.plan import Plan, free_memory
-from pipeline.models import load_base, open_base, pick_device, pick_dtype, speed_up
-from pipeline.predictor import Run, forecast, test_prompts
+from pipeline.models import load_base, open_base, pick_device, pick_dtype
+from pipeline.predictor import Predictor, predict, test_prompts
 from pricing.distribution.decode import PRUNE, PriceTree
 
 QUESTION = 12  # tokens that all texts begin with, as real prompts do
@@ -39,16 +40,16 @@ def main() -> None:
     device = pick_device("auto")
     dtype, started = pick_dtype("auto", device), time.perf_counter()
     if args.ckpt:
-        run = Run(args.ckpt, device, dtype)
-        prompts, price = test_prompts(run, args.items), run.forecast
+        predictor = Predictor(args.ckpt, device, dtype)
+        prompts, price = test_prompts(predictor, args.items), predictor.predict
     else:
         config, tokenizer, directory = open_base(str(directory_of(args.shape)))
         options = argparse.Namespace(bits=4, blocksize=64, double_quant=True, outlier_threshold=6.0)
-        model = load_base(config, tokenizer, directory, device, dtype, options).eval()
-        speed_up(model, Plan(keep=config.num_hidden_layers) if free_memory(device) > 40 << 30 else Plan())
+        model = load_base(config, directory, device, dtype, options).eval()
+        install(model, Plan(keep=config.num_hidden_layers) if free_memory(device) > 40 << 30 else Plan())
         (prompts,) = random_sequences(W8B, config.vocab_size, 1, args.items)
         prompts = [prompts[0][:QUESTION] + prompt[QUESTION:] for prompt in prompts]
-        price = partial(forecast, model, PriceTree.build(tokenizer.encode_answer))
+        price = partial(predict, model, PriceTree.build(tokenizer.encode_answer))
     loaded, times = time.perf_counter() - started, []
     for _ in range(args.repeats + 1):
         started = time.perf_counter()

@@ -6,7 +6,7 @@
     python -m benchmarks.families --models phi-3-mini-tiny --bits 4      a try on a CPU
 
 The config.json has the published sizes (shapes.py), the weights are random, in a directory that is gone before the next
-model's is written. Bytes of a model that lies ready to train, by formula (memory.Estimate; I columns of a linear):
+model's is written. Bytes of a model that lies ready to train, by formula (fast.plan.Estimate; I columns of a linear):
 
     linears  4 bits: 1/2 + 1/64 + 4/(64 * 256) a weight     8 bits: 1 + 4/I     16 bits: 2
     biases, embedding and head (one where they are tied) 2 a number, norms 4
@@ -45,12 +45,12 @@ def computed(settings: dict, dtype: torch.dtype) -> dict:
     config = config_from_dict(SHAPES[settings["shape"]])
     _, shape = packing(argparse.Namespace(**settings), config.vocab_size)
     options = {"bits": settings["bits"], "rank": settings["rank"], "targets": ",".join(settings["targets"])}
-    estimate = Estimate(config, shape, dtype=dtype, **options)
+    estimate = Estimate(config, shape.tokens, shape.answers, dtype=dtype, **options)
     return {
         "model": settings["shape"],
         "bits": settings["bits"],
         "parameters": sum(torch.Size(size).numel() for size in tensors_of(config).values()),
-        "computed_bytes": round(estimate.weights + estimate.norms + estimate.embedding + estimate.head),
+        "computed_bytes": round(estimate.stored()),
         "estimated_peak_bytes": int(estimate.total(Plan())) + 1,
     }
 

@@ -15,9 +15,11 @@ from statistics import median
 import torch
 
 from fast.int8 import JoinedInt8
-from fast.linears import Packed
+from fast.nf4 import JoinedNF4
 from pricing.evaluation.console import table
-from quant.linear import LinearNF4, integer_product, quantise_linear
+from quant.int8 import integer_product
+from quant.linear import LinearNF4
+from quant.quantise import quantise_linear
 
 SHAPES = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)}  # of an 8B
 
@@ -58,13 +60,13 @@ def main() -> None:
     rows, rows8 = [], []
     for name, (out_features, in_features) in SHAPES.items():
         linear = LinearNF4(torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) * 0.02)
-        packed = Packed([linear])
+        packed = JoinedNF4([linear])
         weight = torch.empty(out_features, in_features, device="cuda", dtype=torch.bfloat16)
         x, g = (torch.randn(args.tokens, n, device="cuda", dtype=torch.bfloat16) for n in (in_features, out_features))
         moved = linear.stored_bytes() + weight.nbytes
         ours, theirs = (
             microseconds(call)
-            for call in (lambda: packed.dequantise(weight), lambda: linear.dequantise(torch.bfloat16))
+            for call in (lambda: packed.dequantise_into(weight), lambda: linear.dequantise(torch.bfloat16))
         )
         forward, backward = microseconds(lambda: x @ weight.T), microseconds(lambda: g @ weight)
         work = 2 * args.tokens * out_features * in_features
@@ -78,7 +80,7 @@ def main() -> None:
             f"{forward:.0f}", f"{work / forward / 1e6 / peak:.0%}",
             f"{backward:.0f}", f"{work / backward / 1e6 / peak:.0%}",
         ])  # fmt: skip
-        int8 = JoinedInt8([quantise_linear(weight.normal_(std=0.02), bits=8)])
+        int8 = JoinedInt8([quantise_linear(weight.normal_(std=0.02), bits=8)], True)
         codes = torch.ones(args.tokens, in_features, dtype=torch.int8, device="cuda")
         calls = (lambda: int8.dequantise_into(weight), lambda: integer_product(codes, int8.weight))
         times = [microseconds(call) for call in calls]

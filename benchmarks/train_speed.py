@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
@@ -44,45 +45,46 @@ def ours(args: argparse.Namespace, sequences: list[list[list[int]]], readable: b
     loaded_bytes: what loading the quantised model left allocated on the GPU (None on a CPU).
     """
     # Here: a peer's process shall not load our kernels.
-    from fast.graph import Step
-    from fast.plan import Plan, plan_for
+    from fast import install as fast
     from lora.inject import inject, lora_layers
-    from lora.optim import FlatFactors, make_optimiser
-    from pipeline.models import load_base, open_base, peak_memory, pick_device, pick_dtype, speed_up
+    from lora.optim import FlatParameter, make_optimiser
+    from pipeline.models import load_base, open_base, peak_memory, pick_device, pick_dtype
+    from pipeline.steps import make_step
     from pricing.data.batch import batches, pack
     from pricing.distribution.decode import PriceTree
     from pricing.distribution.loss import AnswerLoss
+    from train import optimiser_step
 
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
     config, tokenizer, directory = open_base(str(args.model))
     examples, shape = packing(args, config.vocab_size)
-    plan, targets = Plan(), ",".join(args.targets)
+    plan, targets = fast.Plan(), ",".join(args.targets)
     if not readable:
         options = {"bits": args.bits, "dtype": dtype, "rank": args.rank, "targets": targets}
-        plan, _ = plan_for(config, shape, device, args.memory_budget, **options)
+        plan, _ = fast.plan_training(config, shape.tokens, shape.answers, device, args.memory_budget, **options)
     options = argparse.Namespace(bits=args.bits, blocksize=64, double_quant=True, outlier_threshold=6.0)
     before = torch.cuda.memory_allocated()  # 0 without a GPU
-    model = load_base(config, tokenizer, directory, device, dtype, options, plan)
+    model = load_base(config, directory, device, dtype, options, plan.head8, plan.host_embed)
     loaded = torch.cuda.memory_allocated() - before if device.type == "cuda" else None
     inject(model, rank=args.rank, alpha=args.alpha, targets=targets)
-    factors = FlatFactors(lora_layers(model))
-    groups = [] if readable else speed_up(model, plan, shape)
+    flat = FlatParameter(lora_layers(model))
+    if not readable:
+        fast.install(model, plan, flat, shape.tokens)
     loss = AnswerLoss("answer", PriceTree.build(tokenizer.encode_answer), 0.1, device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    optimiser = make_optimiser(plan.optimiser, factors.parameter, 1e-4, 0.0)
-    graph = device.type == "cuda" and not readable
-    train_step = Step(model, loss, factors, optimiser, groups, shape, accumulate=1, clip=1e9, graph=graph)
+    optimiser = make_optimiser(plan.optimiser, flat.parameter, 1e-4, 0.0)
+    compute = partial(optimiser_step, model, loss, flat, optimiser, 1e9)
+    take_step = make_step(compute, loss, flat, optimiser, shape, 1, not readable and fast.can_record(model))
     recorded = peak_memory(device)  # a replay allocates nothing: what it uses was counted when it was recorded
     stream = batches(examples, shape, seed=0)
     packed = [pack(next(stream), shape) for _ in sequences]
     read = [[e.prompt + e.answer[:-1] for e in batch.examples] for batch in packed]
 
     def step(number: int) -> torch.Tensor:
-        train_step([packed[number]], 1e-4)
-        return train_step.outcome[0]
+        return torch.tensor(take_step([packed[number]], 1e-4)()[0])
 
     kept = {k: v for k, v in vars(plan).items() if v not in (0, False, "adamw")}
     row = measure(args, read, step, f"{shape.tokens} tokens, {'readable' if readable else kept or 'graph'}")

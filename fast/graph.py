@@ -65,7 +65,7 @@ class RecordedStep:
     """`compute(window, scalars) -> (2,)`, recorded. `window` is a list of dicts of tensors and ints, one a batch.
 
     `empty` is a batch without items, of the arrays' final sizes: the step is warmed up and recorded with it, and a
-    short last window is filled up with it. While warming up, `scalars["idle"]` is 1: `compute` leaves the weights alone.
+    short last window is filled up with it. Warming up, `scalars["idle"]` is 1: `compute` leaves the weights alone.
     """
 
     def __init__(self, compute: Callable, empty: Arrays, accumulate: int, scalars: Arrays, device: torch.device):

@@ -155,6 +155,12 @@ class Estimate:
         """Peak bytes under a plan"""
         return sum(self.terms(plan).values())
 
+    def stored(self) -> float:
+        """Bytes of the quantised model alone: linears, norms, embedding, head"""
+        terms = self.terms(Plan())
+        names = ("norms, float32", "embedding", "lm_head, where it is not the embedding")
+        return self.weights + sum(terms[name] for name in names)
+
     def explain(self, plan: Plan) -> str:
         """The terms as a table, in GiB"""
         rows = [*self.terms(plan).items(), ("total", self.total(plan))]

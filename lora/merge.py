@@ -26,7 +26,7 @@ from common.files import write_directory
 from lora.adapter import CONFIG, WEIGHTS
 from lora.layer import PREFIX
 from lora.phi3 import read_split
-from quant.linear import quantise_linear
+from quant.quantise import quantise_linear
 
 
 def merged_weight(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from llama.families import config_from_directory
 from llama.model import Llama
 from llama.weights import load_weights
 from pipeline.hub import resolve_model
-from quant.linear import quantise_linear
+from pipeline.steps import make_step
+from quant.quantise import quantise_linear
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 LLAMA31_ROPE = {
@@ -69,6 +71,14 @@ def our_model(directory: Path, bits: int = 16, dtype: torch.dtype = torch.float3
         model = Llama(config_from_directory(directory), dtype)
     load_weights(model, directory, "cpu", lambda w, b: quantise_linear(w, b, bits=bits, dtype=dtype, **quant))
     return model
+
+
+def step_of(model, loss, flat, optimiser, shape, *, accumulate=1, clip=1.0, recorded=False):
+    """train.py's step, as the loop takes it: a function of (window, rate), whose result is called for what it gave"""
+    from train import optimiser_step
+
+    compute = partial(optimiser_step, model, loss, flat, optimiser, clip)
+    return make_step(compute, loss, flat, optimiser, shape, accumulate, recorded)
 
 
 @pytest.fixture

@@ -13,13 +13,16 @@ import pytest
 import torch
 from conftest import hugging_face_model, our_model, tiny_config
 
-from fast import linears as fast
-from fast.linears import HostEmbedding, Packed, group_linears
+from fast import install as door
+from fast.layers import PLAIN, FastLayers
+from fast.nf4 import JoinedNF4
+from fast.offload import HostEmbedding
+from fast.plan import Plan
 from llama.attention import Layout, Scores
-from llama.model import PIECES
+from llama.model import Llama
 from llama.rope import rotary_table
 from lora.inject import inject, lora_layers
-from lora.optim import FlatFactors
+from lora.optim import FlatParameter
 from quant.linear import LinearNF4
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,9 +45,9 @@ def both(name, inputs, extra):
     from fast.norm_glu import FUSED
 
     results = []
-    for pieces in (PIECES, FUSED):
+    for pieces in (PLAIN, FUSED):
         given = [None if x is None else x.clone().requires_grad_() for x in inputs]
-        out = pieces[name](*[None if x is None else x * 1 for x in given], *extra)
+        out = getattr(pieces, name)(*[None if x is None else x * 1 for x in given], *extra)
         out = out if isinstance(out, tuple) else (out,)
         torch.manual_seed(1)
         torch.autograd.backward(out, [torch.randn_like(o) for o in out])
@@ -64,9 +67,9 @@ def test_add_norm(dtype, add):
 
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["swiglu", "geglu"])
-def test_swiglu_and_geglu(dtype, name):
-    for plain, fused in both(name, [2 * torch.randn(5, 2 * 1100, device=DEVICE, dtype=dtype)], ()):
+@pytest.mark.parametrize("gelu", [False, True])
+def test_swiglu_and_geglu(dtype, gelu):
+    for plain, fused in both("glu", [2 * torch.randn(5, 2 * 1100, device=DEVICE, dtype=dtype)], (gelu,)):
         close(fused, plain, dtype)
 
 
@@ -110,33 +113,34 @@ def test_a_gpu_too_small_for_the_kernel_runs_the_plain_piece(monkeypatch):
 
     layout, qkv = Layout.packed([5, 9], DEVICE), torch.randn(14, 8 * 16, device=DEVICE)
     rotary = rotary_table(torch.rand(8, device=DEVICE), layout.positions)
-    expected = attention_of(PIECES, qkv, rotary, layout, Scores())
+    expected = attention_of(PLAIN, qkv, rotary, layout, Scores())
     monkeypatch.setattr(fused, "shared_memory", lambda device: 1024)
     monkeypatch.setattr(fused.PackedAttention, "apply", None)
     assert torch.equal(attention_of(fused.FUSED, qkv, rotary, layout, Scores()), expected)
 
 
-def test_without_triton_or_a_compiler_the_readable_path_runs(monkeypatch, capsys):
-    from pipeline.models import speed_up
-
+def test_without_triton_or_a_compiler_no_kernel_runs(tiny, monkeypatch):
+    """On a GPU; the merged linears stay, what lies between them is plain PyTorch, and nothing is recorded."""
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(fast.shutil, "which", lambda name: None)
-    for triton, missing in ((None, "no Triton"), (object(), "no C compiler")):
-        monkeypatch.setattr(fast, "triton", triton)
-        assert speed_up(SimpleNamespace(device=torch.device("cuda"))) == []
-        assert missing in capsys.readouterr().err
+    monkeypatch.setattr(door.shutil, "which", lambda name: None)
+    monkeypatch.setattr(Llama, "device", torch.device("cuda"))
+    for triton, missing in ((None, "(no Triton)"), (object(), "(no C compiler")):
+        model = our_model(tiny[1])
+        monkeypatch.setattr(door, "triton", triton)
+        assert missing in door.install(model) and model.run_layers.pieces is PLAIN and not door.can_record(model)
+        assert all(linear.joined is None for linear in model.run_layers.linears)
     monkeypatch.setenv("CC", "cc")
-    assert fast.kernels_missing() is None
+    assert door.kernels_missing() is None
 
 
 def test_rows_of_an_embedding_in_the_hosts_memory(monkeypatch):
     """Tokens may be a slice; without Triton's kernel the rows are copied."""
     if DEVICE == "cpu":
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
-    embedding = HostEmbedding(torch.randn(50, 24))
+    embedding = HostEmbedding(torch.randn(50, 24), DEVICE == "cuda")
     tokens = torch.randint(0, 50, (6, 4), device=DEVICE)[:, 1]
-    for by_kernel in (False, embedding.by_kernel):
-        embedding.by_kernel = by_kernel
+    for kernels in (False, embedding.kernels):
+        embedding.kernels = kernels
         assert torch.equal(embedding(tokens).cpu(), embedding.weight[tokens.cpu()])
 
 
@@ -157,14 +161,14 @@ def test_windows_and_soft_caps(dtype, scores):
     layout = Layout.packed([5, 170, 1, 64], DEVICE)
     rotary = rotary_table(torch.rand(8, device=DEVICE), layout.positions)
     qkv = torch.randn(240, 8 * 16, device=DEVICE, dtype=dtype)
-    plain_scores = attention_of(PIECES, qkv, rotary, layout, Scores())
-    assert scores.window == 500 or (attention_of(PIECES, qkv, rotary, layout, scores) - plain_scores).abs().max() > 0.1
+    plain_scores = attention_of(PLAIN, qkv, rotary, layout, Scores())
+    assert scores.window == 500 or (attention_of(PLAIN, qkv, rotary, layout, scores) - plain_scores).abs().max() > 0.1
     for plain, fused in both("attention", [qkv], (*rotary, 2, 16, layout, None, 0, scores)):
         close(fused, plain, dtype)
 
 
 def attention_of(pieces, qkv, rotary, layout, scores):
-    return pieces["attention"](qkv * 1, *rotary, 2, 16, layout, None, 0, scores)
+    return pieces.attention(qkv * 1, *rotary, 2, 16, layout, None, 0, scores)
 
 
 @kernels
@@ -177,21 +181,21 @@ def test_norm_of_heads_that_are_no_residual(dtype):
 
 
 @kernels
-@pytest.mark.parametrize("name, inputs", [("add_norm", 1), ("add_norm", 2), ("swiglu", 1), ("geglu", 1)])
+@pytest.mark.parametrize("name, inputs", [("add_norm", 1), ("add_norm", 2), ("glu", 1)])
 def test_rows_with_gaps_between_them(name, inputs):
     """What the pieces read may be a slice, as a lone kv head's keys are one of q, k, v."""
     from fast.norm_glu import FUSED
 
     results = []
-    for pieces in (PIECES, FUSED):
+    for pieces in (PLAIN, FUSED):
         torch.manual_seed(0)
         wide = [torch.randn(7, 96, device=DEVICE, requires_grad=True) for _ in range(inputs)]
         given = [x[:, 32:64] for x in wide]
         if name == "add_norm":
             extra = [None] * (2 - inputs) + [torch.rand(32, device=DEVICE), 1e-5, torch.float32]
-            out = pieces[name](*given, *extra)[1]
+            out = pieces.add_norm(*given, *extra)[1]
         else:
-            out = pieces[name](*given)
+            out = getattr(pieces, name)(*given, True)
         out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE))
         results.append([out, *(x.grad for x in wide)])
     for plain, fused in zip(*results, strict=True):
@@ -204,7 +208,7 @@ def test_a_poisoned_neighbour_moves_nothing(name):
     """Items lie side by side in memory: NaN in one must reach no other, forward or backward."""
     from fast.norm_glu import FUSED
 
-    piece = (FUSED if name == "fused" else PIECES)["attention"]
+    piece = (FUSED if name == "fused" else PLAIN).attention
     layout = Layout.packed([7, 66, 5], DEVICE)
     rotary = rotary_table(torch.rand(8, device=DEVICE), layout.positions)
     results = []
@@ -230,9 +234,9 @@ def test_joined_nf4_weights_equal_bitsandbytes(nested, dtype):
         for i, o in enumerate((1024, 256, 512))
     ]
     apart = torch.cat([linear.dequantise(dtype) for linear in linears])
-    assert Packed.fits(linears)
-    joined = Packed(linears)
-    assert torch.equal(joined.dequantise(torch.full_like(apart, float("nan"))), apart)
+    assert JoinedNF4.fits(linears)
+    joined = JoinedNF4(linears)
+    assert torch.equal(joined.dequantise_into(torch.full_like(apart, float("nan"))), apart)
     assert torch.equal(torch.cat([linear.dequantise(dtype) for linear in linears]), apart)  # through their views
 
 
@@ -243,14 +247,9 @@ def gradients(directory, bits, targets, fast, keep=False, dtype=torch.float32):
     inject(model, rank=4, alpha=6, targets=targets)
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
-    factors = FlatFactors(lora_layers(model))
+    factors = FlatParameter(lora_layers(model))
     if fast:
-        groups = group_linears(model)
-        for group in groups if keep else []:
-            group.keep(dtype)
-        factors.spread(groups, dtype)
-        if DEVICE == "cuda":
-            model.fuse_pieces()
+        door.install(model, Plan(keep=2 if keep else 0), factors)
     torch.manual_seed(1)
     tokens = torch.randint(0, model.config.vocab_size, (15,), device=DEVICE)
     logits = model(tokens, Layout.packed([5, 7, 3], DEVICE), torch.tensor([3, 4, 10, 14], device=DEVICE))

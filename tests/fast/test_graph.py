@@ -5,14 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import our_model
+from conftest import our_model, step_of
 from test_families import FAMILIES, write_family
 
-from fast.graph import Step
-from fast.plan import Plan, Recompute
+from fast.install import install
+from fast.offload import Recompute
+from fast.plan import Plan
 from lora.inject import inject, lora_layers
-from lora.optim import FlatFactors, make_optimiser
-from pipeline.models import speed_up
+from lora.optim import FlatParameter, make_optimiser
+from llama.generate import prefill
 from pipeline.predictor import tree_functions
 from pricing.data.batch import Shape, pack
 from pricing.data.prompt import Example
@@ -39,18 +40,27 @@ def examples(count, seed=0):
     ]
 
 
-def make_step(directory, shape, *, accumulate=1, fast=True, graph=False, optimiser="adamw", plan=Plan(), bits=4):
-    model = our_model(directory, bits=bits).to(DEVICE)
-    model.frequency = model.frequency.to(DEVICE)
-    torch.manual_seed(0)
-    inject(model, rank=4, alpha=8)
-    factors = FlatFactors(lora_layers(model))
-    groups = speed_up(model, plan, shape) if fast else []
-    step = Step(
-        model, Loss(), factors, make_optimiser(optimiser, factors.parameter, 1e-2, 0.0), groups, shape,
-        accumulate=accumulate, clip=1.0, graph=graph,
-    )  # fmt: skip
-    return step, factors.parameter
+class Stepper:
+    """A model in training, and its step: a function of (window, rate)"""
+
+    def __init__(self, directory, shape, *, fast=True, optimiser="adamw", plan=Plan(), bits=4, **options):
+        self.model, self.shape, self.loss = our_model(directory, bits=bits).to(DEVICE), shape, Loss()
+        self.model.frequency = self.model.frequency.to(DEVICE)
+        torch.manual_seed(0)
+        inject(self.model, rank=4, alpha=8)
+        self.flat = FlatParameter(lora_layers(self.model))
+        if fast:
+            install(self.model, plan, self.flat, shape.tokens)
+        optimiser = make_optimiser(optimiser, self.flat.parameter, 1e-2, 0.0)
+        self.step = step_of(self.model, self.loss, self.flat, optimiser, shape, **options)
+
+    def __call__(self, window, rate):
+        return self.step(window, rate)
+
+
+def make_step(directory, shape, **options):
+    step = Stepper(directory, shape, **options)
+    return step, step.flat.parameter
 
 
 def shape_for(tokens, items):
@@ -58,7 +68,7 @@ def shape_for(tokens, items):
 
 
 def run(step, windows, rate=1e-2):
-    return [step(window, rate).read()[:2] for window in windows]  # loss and norm
+    return [step(window, rate)()[:2] for window in windows]  # loss and norm
 
 
 def test_accumulating_equals_the_large_batch(tiny):
@@ -95,7 +105,7 @@ def test_the_fast_path_of_other_families_learns_as_the_readable_one(name, tmp_pa
     windows = [[pack(chosen[i : i + 5], shape)] for i in range(0, 30, 5)]
     results = []
     for fast in (False, True):
-        step, parameter = make_step(tmp_path, shape, fast=fast, graph=fast and DEVICE.type == "cuda")
+        step, parameter = make_step(tmp_path, shape, fast=fast, recorded=fast and DEVICE.type == "cuda")
         results.append((run(step, windows), parameter.detach().clone()))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-3)
     assert (results[0][1] - results[1][1]).norm() < 1e-2 * results[0][1].norm()
@@ -126,9 +136,7 @@ def test_recomputation_keeps_less_for_backward(tiny):
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, sizes=sizes: (sizes.__setitem__(t.data_ptr(), t.nbytes), t)[1], lambda t: t
         ):
-            arrays = {k: torch.as_tensor(v).to(DEVICE) for k, v in step.unpack(pack(examples(5), shape)).items()}
-            step.feeds[0].push({k: v.cpu().numpy() for k, v in arrays.items()})
-            step.compute()
+            step([pack(examples(5), shape)], 0.0)()
         held.append(sum(sizes.values()))
     assert held[1] < 0.6 * held[0], held
 
@@ -142,7 +150,7 @@ def test_a_recorded_step_equals_its_lines_run_one_by_one(tiny, optimiser, plan, 
     windows = [[pack(chosen[i : i + 5], shape)] for i in range(0, 30, 5)]
     results = []
     for graph in (False, True):
-        step, parameter = make_step(tiny[1], shape, graph=graph, optimiser=optimiser, plan=plan, bits=bits)
+        step, parameter = make_step(tiny[1], shape, recorded=graph, optimiser=optimiser, plan=plan, bits=bits)
         results.append((run(step, windows), parameter.detach().clone()))
     if bits == 8:  # gradients' sums differ in the last bit from run to run, which may move an input to the next code
         np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-2)
@@ -152,17 +160,24 @@ def test_a_recorded_step_equals_its_lines_run_one_by_one(tiny, optimiser, plan, 
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-4)
 
 
-def test_recompute_passes_blocks_it_does_not_know(tiny):
-    model = our_model(tiny[1])
-    wrapper = Recompute(model, 1, False, (4, 4), DEVICE)
-    assert set(wrapper.index) == {model.layers[0]}
+def test_blocks_behind_the_recomputed_ones_run_as_they_are():
+    recompute, x = Recompute(1, False, (4, 4), DEVICE), torch.ones(4, 4, device=DEVICE, requires_grad=True)
+    runs = []
+
+    def block(x, delta):
+        runs.append(delta)
+        return (x if delta is None else x + delta) * 2, None
+
+    for number, times in ((0, 2), (1, 1)):  # forward and again in backward, or once
+        runs.clear()
+        recompute(number, block, x, x * 3)[0].sum().backward()
+        assert len(runs) == times and (runs[0] is None) == (number == 0)
 
 
 @pytest.mark.parametrize("clip", [1e-3, 1e3])
 def test_the_gradient_is_clipped_by_its_norm(tiny, clip):
     shape = shape_for(128, 6)
-    step, parameter = make_step(tiny[1], shape, optimiser="sgd")
-    step.clip = clip
+    step, parameter = make_step(tiny[1], shape, optimiser="sgd", clip=clip)
     before = parameter.detach().clone()
     (_, norm), *_ = run(step, [[pack(examples(5), shape)]], rate=1.0)
     moved = (parameter - before).norm()  # the first step of SGD at rate 1 is the gradient itself
@@ -173,8 +188,8 @@ def test_the_gradient_is_clipped_by_its_norm(tiny, clip):
 def test_what_all_prompts_begin_with_is_read_once(tiny, shared):
     model, every = our_model(tiny[1]), torch.arange(300)
     prompts = [[7] * shared + [10 + i, 3, i] for i in range(6)]
-    prefill, _ = tree_functions(model, prompts)
-    log_probs, top, cache = prefill(prompts, every)
-    expected, expected_top, _ = model.prefill(prompts, every)
+    shared_prefill, _ = tree_functions(model, prompts)
+    log_probs, top, cache = shared_prefill(prompts, every)
+    expected, expected_top, _ = prefill(model, prompts, every)
     torch.testing.assert_close(log_probs, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(top, expected_top) and cache.layout.columns == 3

@@ -8,14 +8,14 @@ from benchmarks.shapes import SHAPES
 from fast.plan import GIB, Estimate, Plan, choose, free_memory, parse_bytes
 from llama.families import config_from_dict, config_from_directory
 from pricing.data.batch import Shape
-from quant.linear import LinearInt8
+from quant.int8 import LinearInt8
 
 SHAPE = Shape(2304, 21, 182, 84)
 
 
-def estimate(shape="8b", tokens=SHAPE, targets="attention", bits=4):
+def estimate(shape="8b", sizes=SHAPE, targets="attention", bits=4):
     config = config_from_dict(SHAPES[shape])
-    return Estimate(config, tokens, bits=bits, dtype=torch.bfloat16, rank=32, targets=targets)
+    return Estimate(config, sizes.tokens, sizes.answers, bits=bits, dtype=torch.bfloat16, rank=32, targets=targets)
 
 
 def test_amounts_of_memory():
@@ -44,7 +44,7 @@ def test_less_memory_pulls_one_lever_after_the_other():
 def test_the_price_head_is_counted_with_what_is_trained():
     """A number, its gradient, two of AdamW, and twice two bytes for copies in the compute dtype"""
     config, options = config_from_dict(SHAPES["8b"]), dict(bits=4, dtype=torch.bfloat16, rank=32)
-    with_head = Estimate(config, SHAPE, targets="attention", head_numbers=10**6, **options)
+    with_head = Estimate(config, SHAPE.tokens, SHAPE.answers, targets="attention", head_numbers=10**6, **options)
     assert with_head.total(Plan()) - estimate().total(Plan()) == pytest.approx(20e6)
 
 
@@ -55,7 +55,7 @@ def test_8_bits_lie_between_4_and_16_and_count_what_is_stored(tmp_path):
     stored = sum(m.stored_bytes() for m in our_model(tmp_path, bits=8).modules() if isinstance(m, LinearInt8))
     config = config_from_directory(tmp_path)
     options = dict(dtype=torch.bfloat16, rank=4, targets="attention")
-    assert Estimate(config, SHAPE, bits=8, **options).weights == stored
+    assert Estimate(config, SHAPE.tokens, SHAPE.answers, bits=8, **options).weights == stored
     plan, reasons = choose(estimate(bits=8), int(9 * GIB))
     assert plan.keep == 0 and plan.recompute and "are recomputed" in " ".join(reasons)
     assert choose(estimate(bits=8), 80 * GIB)[0].keep == 32  # for backward
@@ -73,14 +73,14 @@ def test_an_optimiser_that_was_asked_for_is_kept():
     assert plan.optimiser == "lion8bit"
 
 
-def test_what_a_run_has_settled_is_neither_given_up_nor_added():
+def test_the_numerics_of_a_run_are_neither_given_up_nor_added():
     """A resumed run finds other memory free, but its optimiser's state and its head are what they are."""
     tight, roomy = {"optimiser": "adamw8bit", "head8": True}, {"optimiser": "adamw", "head8": False}
-    plan, _ = choose(estimate(), 80 * GIB, settled=tight)
-    assert plan.settled == tight and plan.keep == 32
+    plan, _ = choose(estimate(), 80 * GIB, numerics=tight)
+    assert plan.numerics == tight and plan.keep == 32
     with pytest.raises(ValueError, match="below the floor"):
-        choose(estimate(), int(5.2 * GIB), settled=roomy)
-    assert choose(estimate(), int(5.2 * GIB))[0].settled == tight
+        choose(estimate(), int(5.2 * GIB), numerics=roomy)
+    assert choose(estimate(), int(5.2 * GIB))[0].numerics == tight
 
 
 def test_a_tied_head_is_neither_moved_nor_rounded():
@@ -105,3 +105,11 @@ def test_a_budget_that_nothing_would_keep_is_refused(other, capsys):
     with pytest.raises(SystemExit) as stopped:
         training_options(["--memory-budget", "6GiB", *other])
     assert stopped.value.code == 2 and "leave out --readable and --dropout" in capsys.readouterr().err
+
+
+def test_the_terms_of_the_estimate_are_named_and_sum_to_it():
+    terms = estimate().terms(plan := Plan(recompute=3, optimiser="sgd"))
+    assert sum(terms.values()) == estimate().total(plan)
+    table = estimate().explain(plan)
+    assert "inputs of 3 recomputed blocks" in table and "sgd's state" in table and "offload" not in table
+    assert table.splitlines()[-1].split() == ["total", f"{estimate().total(plan) / GIB:.3f}", "GiB"]

@@ -17,15 +17,16 @@ from safetensors.torch import load_file, save_file
 from test_fused import DEVICE, kernels
 from torch.nn.functional import cross_entropy
 
-from fast.linears import group_linears
+from fast.install import install
 from llama.attention import Layout
 from llama.config import LinearRope
 from llama.families import config_from_directory
+from llama.generate import extend, prefill, read_prefix
 from llama.model import Llama
 from llama.weights import Checkpoint, load_weights
 from lora.adapter import load_adapter, save_adapter
 from lora.inject import inject, lora_layers
-from quant.linear import quantise_linear
+from quant.quantise import quantise_linear
 
 SHARED = {k: v for k, v in tiny_config().items() if k not in ("model_type", "architectures", "hidden_act", "mlp_bias")}
 GEMMA = SHARED | {
@@ -131,7 +132,7 @@ def test_packed_logits_and_embedding_gradients(family, fast):
     name, hf, directory = family
     model, given = our_model(directory), sequences()
     if fast:
-        group_linears(model)
+        install(model)
     model.embed_tokens.weight.requires_grad_()
     logits, expected = model(torch.cat(given), Layout.packed(LENGTHS)), logits_of(hf, given)
     close(logits, expected)
@@ -170,12 +171,12 @@ def test_cached_decoding(family, shared):
     prefix = sequences([shared])[0].tolist()
     prompts = [prefix + s.tolist() for s in sequences([70, 5, 11])]
     steps = torch.randint(1, 300, (3, 4), generator=torch.Generator().manual_seed(9))
-    log_probs, top, cache = model.prefill(
-        [p[shared:] for p in prompts], ALL, model.read_prefix(prefix) if shared else None
+    log_probs, top, cache = prefill(
+        model, [p[shared:] for p in prompts], ALL, read_prefix(model, prefix) if shared else None
     )
     got = [log_probs]
     for i in range(4):
-        log_probs, top = model.extend(cache, steps[:, i : i + 1], torch.full((3, 1), i), ALL)
+        log_probs, top = extend(model, cache, steps[:, i : i + 1], torch.full((3, 1), i), ALL)
         got.append(log_probs[:, 0])
     for row, prompt in enumerate(prompts):
         logits = hf(torch.tensor([prompt + steps[row].tolist()])).logits[0, len(prompt) - 1 :]
@@ -187,9 +188,9 @@ def test_tree_decoding(family):
     """Branches see the prompt, their ancestors and themselves; a window counts positions, not slots of the cache."""
     name, hf, directory = family
     model, prompts = our_model(directory), [s.tolist() for s in sequences([12, 30])]
-    _, _, cache = model.prefill(prompts, ALL)
-    model.extend(cache, torch.tensor([[11, 12, 13]] * 2), torch.zeros(2, 3, dtype=torch.long), ALL)
-    second, _ = model.extend(cache, torch.tensor([[21, 22, 23]] * 2), torch.tensor([[2, 1, 3]] * 2), ALL)
+    _, _, cache = prefill(model, prompts, ALL)
+    extend(model, cache, torch.tensor([[11, 12, 13]] * 2), torch.zeros(2, 3, dtype=torch.long), ALL)
+    second, _ = extend(model, cache, torch.tensor([[21, 22, 23]] * 2), torch.tensor([[2, 1, 3]] * 2), ALL)
     for row, prompt in enumerate(prompts):
         for node, path in enumerate([[12, 21], [11, 22], [13, 23]]):
             close(second[row, node], hf(torch.tensor([prompt + path])).logits[0, -1].log_softmax(-1))
@@ -287,9 +288,9 @@ def test_longrope_goes_by_each_sequence_and_a_cache_by_its_prompt(tmp_path):
     mask = (torch.arange(90) < torch.tensor([[90], [40]])).long()
     assert (hf(batch, attention_mask=mask).logits[1, :40] - logits_of(hf, given[2:])).abs().max() > 1e-2
     prompt, steps = sequences([62])[0].tolist(), [7, 8, 9, 10]
-    _, _, cache = model.prefill([prompt], ALL)
+    _, _, cache = prefill(model, [prompt], ALL)
     for i, token in enumerate(steps):
-        log_probs, _ = model.extend(cache, torch.tensor([[token]]), torch.tensor([[i]]), ALL)
+        log_probs, _ = extend(model, cache, torch.tensor([[token]]), torch.tensor([[i]]), ALL)
     (tmp_path / "short").mkdir()
     short = write_family("phi3, 128k", tmp_path / "short", rope_scaling=LONG | {"long_factor": LONG["short_factor"]})
     expected, long = (m(torch.tensor([prompt + steps])).logits[0, -1].log_softmax(-1) for m in (short, hf))
@@ -424,7 +425,7 @@ def test_training_moves_every_factor_of_every_family(family):
     """Through the groups, in 4 bits: a factor without gradient would be a layer outside of the graph."""
     name, hf, directory = family
     model, given = trained(directory, bits=4), sequences()
-    group_linears(model)
+    install(model)
     cross_entropy(model(torch.cat(given), Layout.packed(LENGTHS), torch.tensor([88, 93, 133])), ALL[5:8]).backward()
     for layer in lora_layers(model).values():
         assert layer.lora_A.grad.norm() > 0 and layer.lora_B.grad.norm() > 0
@@ -457,13 +458,15 @@ def test_merging_phi3_gives_the_trained_model(tmp_path, bits):
 @kernels
 def test_fused_pieces_equal_the_plain_ones(family):
     """Kernels with windows, soft caps, norms of heads and geglu, inside of the whole network, forward and backward"""
+    from fast.layers import FastLayers
+    from fast.norm_glu import FUSED
+
     name, hf, directory = family
     results = []
     for fused in (False, True):
         model = trained(directory).to(DEVICE)
         if fused:
-            group_linears(model)
-            model.fuse_pieces()
+            model.run_layers = FastLayers(model, FUSED, kernels=True)
         tokens, layout = torch.cat(sequences()).to(DEVICE), Layout.packed(LENGTHS, DEVICE)
         logits = model(tokens, layout, torch.tensor([40, 88, 93, 133], device=DEVICE))
         logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE))

@@ -8,6 +8,7 @@ from conftest import LLAMA31_ROPE, hugging_face_model, our_model, tiny_config
 
 from llama.attention import Layout
 from llama.families import config_from_dict, config_from_directory
+from llama.generate import extend, prefill, read_prefix
 from llama.rope import inverse_frequencies
 
 CONFIGS = {
@@ -81,10 +82,10 @@ def test_tree_decoding(tiny):
     hf, directory = tiny
     model = our_model(directory)
     prompts = [list(range(10)), list(range(50, 57))]
-    _, _, cache = model.prefill(prompts, ALL)
-    first, _ = model.extend(cache, torch.tensor([[11, 12], [13, 14]]), torch.zeros(2, 2, dtype=torch.long), ALL)
-    second, _ = model.extend(
-        cache, torch.tensor([[21, 22, 23], [24, 25, 26]]), torch.tensor([[2, 1, 2], [1, 1, 2]]), ALL
+    _, _, cache = prefill(model, prompts, ALL)
+    first, _ = extend(model, cache, torch.tensor([[11, 12], [13, 14]]), torch.zeros(2, 2, dtype=torch.long), ALL)
+    second, _ = extend(
+        model, cache, torch.tensor([[21, 22, 23], [24, 25, 26]]), torch.tensor([[2, 1, 2], [1, 1, 2]]), ALL
     )
     paths = [[[12, 21], [11, 22], [12, 23]], [[13, 24], [13, 25], [14, 26]]]
     for row, prompt in enumerate(prompts):
@@ -98,12 +99,12 @@ def test_a_shared_prefix_is_read_once_and_changes_nothing(tiny):
     model = our_model(tiny[1])
     question, texts = list(range(40, 52)), [[3], [7, 8, 9, 10], [5, 6]]
     tokens, parents = torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.zeros(3, 2, dtype=torch.long)
-    log_probs, top, cache = model.prefill([question + text for text in texts], ALL)
-    grown = model.extend(cache, tokens, parents, ALL)
-    shared_log_probs, shared_top, cache = model.prefill(texts, ALL, model.read_prefix(question))
+    log_probs, top, cache = prefill(model, [question + text for text in texts], ALL)
+    grown = extend(model, cache, tokens, parents, ALL)
+    shared_log_probs, shared_top, cache = prefill(model, texts, ALL, read_prefix(model, question))
     close(shared_log_probs, log_probs)
     assert torch.equal(shared_top, top)
-    close(model.extend(cache, tokens, parents, ALL)[0], grown[0])
+    close(extend(model, cache, tokens, parents, ALL)[0], grown[0])
 
 
 def test_the_last_block_goes_on_with_the_rows_asked_for(tiny):

@@ -11,7 +11,8 @@ from llama.attention import Layout
 from llama.families import config_from_directory
 from llama.model import Llama
 from llama.weights import load_weights
-from quant.linear import LinearNF4, quantise_linear
+from quant.linear import LinearNF4
+from quant.quantise import quantise_linear
 
 TOKENS, LAYOUT = torch.arange(20), Layout.packed([20])
 

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from common.files import write_directory
-from fast.linears import group_linears
+from fast.install import install
 from llama.attention import Layout
 from lora.adapter import load_adapter, save_adapter
 from lora.inject import inject, lora_layers
 from lora.merge import merge
-from lora.optim import FlatFactors, make_optimiser
+from lora.optim import FlatParameter, make_optimiser
 from pipeline.checkpoint import load_state, save_state
 
 TOKENS, LAYOUT = torch.arange(5, 35), Layout.packed([30])
@@ -23,7 +23,7 @@ TOKENS, LAYOUT = torch.arange(5, 35), Layout.packed([30])
 
 def train_a_little(model, steps=3, lr=1e-2, seed=0):
     torch.manual_seed(seed)
-    factors = FlatFactors(lora_layers(model))
+    factors = FlatParameter(lora_layers(model))
     optimiser = make_optimiser("adamw", factors.parameter, lr, 0.0)
     losses = [train_step(model, optimiser) for _ in range(steps)]
     return factors, optimiser, losses
@@ -93,7 +93,7 @@ def test_adapter_of_peft_loads_here_with_equal_logits_and_gradients(tiny, tmp_pa
     model = our_model(directory)
     load_adapter(model, tmp_path / "adapter")
     if fast:
-        group_linears(model)
+        install(model)
     ours, theirs = model(TOKENS, LAYOUT), peft(TOKENS[None]).logits[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-5)
     cross_entropy(ours[:-1], TOKENS[1:]).backward()
@@ -158,7 +158,7 @@ def test_resume_goes_on_as_if_never_stopped(tiny, tmp_path):
     torch.manual_seed(99)
     second = our_model(tiny[1], 4)
     load_adapter(second, tmp_path / "run")
-    factors = FlatFactors(lora_layers(second))
+    factors = FlatParameter(lora_layers(second))
     optimiser = make_optimiser("adamw", factors.parameter, 1e-2, 0.0)
     assert load_state(tmp_path / "run" / "state", factors, optimiser) == {"step": 3, "seconds": 1.5}
     losses += [train_step(second, optimiser) for _ in range(3)]

@@ -5,10 +5,10 @@ import pytest
 import torch
 from conftest import our_model
 
-from fast.linears import group_linears
+from fast.install import install
 from llama.attention import Layout
 from lora.inject import inject, lora_layers
-from lora.optim import OPTIMISERS, FlatFactors, initialise, make_optimiser
+from lora.optim import OPTIMISERS, FlatParameter, initialise, make_optimiser
 
 TOKENS = torch.arange(30) * 7 % 500
 
@@ -33,7 +33,7 @@ def test_the_flat_vector_moves_as_separate_tensors_do(tiny, name):
         "adamw": lambda: torch.optim.AdamW(parameters, betas=(0.9, 0.99), **options),
         "sgd": lambda: torch.optim.SGD(parameters, momentum=0.9, **options),
     }[name]()
-    factors = FlatFactors(lora_layers(flat))
+    factors = FlatParameter(lora_layers(flat))
     ours = make_optimiser(name, factors.parameter, 1e-2, 0.1)
     for _ in range(4):
         for model, optimiser in ((apart, plain), (flat, ours)):
@@ -50,12 +50,11 @@ def test_pieces_carry_gradients_to_the_flat_vector(tiny):
     heads = [torch.nn.Linear(3, 2) for _ in "ab"]  # trained with the factors, behind them in the vector
     heads[1].load_state_dict(heads[0].state_dict())
     expected, factors = (
-        FlatFactors(lora_layers(model), list(head.parameters()))
+        FlatParameter(lora_layers(model), list(head.parameters()))
         for model, head in zip((plain, fast), heads, strict=True)
     )
     backward(plain)
-    groups = group_linears(fast)
-    factors.spread(groups, torch.float32)
+    install(fast, flat=factors)
     backward(fast)
     for head in heads:
         head(torch.ones(3)).square().sum().backward()
@@ -63,9 +62,7 @@ def test_pieces_carry_gradients_to_the_flat_vector(tiny):
     torch.testing.assert_close(factors.parameter.grad, expected.parameter.grad, rtol=1e-4, atol=1e-5)
     factors.parameter.data[-8:] = 0
     assert not heads[1].weight.any() and heads[0].weight.any()
-    factors.gather(groups)
-    assert all(group.factors is None for group in groups)
-    with torch.no_grad():  # between steps the groups follow the live factors
+    with torch.no_grad():  # between steps the merged linears follow the live factors
         before = fast(TOKENS, Layout.packed([30]))
         factors.parameter += 0.05
         assert not torch.equal(fast(TOKENS, Layout.packed([30])), before)

@@ -69,7 +69,7 @@ def test_a_tiny_one_is_written_loaded_and_trained(name, tmp_path):
     config, tokenizer, _ = open_base(str(directory))
     for bits in (4, 8, 16):
         options = argparse.Namespace(bits=bits, blocksize=64, double_quant=True, outlier_threshold=6.0)
-        model = load_base(config, tokenizer, directory, torch.device("cpu"), torch.bfloat16, options)
+        model = load_base(config, directory, torch.device("cpu"), torch.bfloat16, options)
         linears = [module for module in model.modules() if isinstance(module, FrozenLinear)]
         loaded = sum(linear.stored_bytes() for linear in linears) + sum(p.nbytes for p in model.parameters())
         row = families.computed(settings(shape, bits), torch.bfloat16)

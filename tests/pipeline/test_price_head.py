@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import our_model
-from pipeline.states import adapter_digest, last_states, without_adapter
 
 from lora.inject import inject, lora_layers
-from pipeline.predictor import forecast, open_head
+from pipeline.checkpoint import adapter_digest
+from pipeline.predictor import last_states, open_head, predict, without_adapter
 from pricing.distribution.decode import PriceTree
 from pricing.distribution.intervals import MIDDLE
 from pricing.distribution.quantile_head import new_price_head, save_head
@@ -32,7 +32,7 @@ def test_a_prediction_reads_the_head_where_the_digits_begin(tiny):
     def on_batch(indices, part):
         seen.update(zip(indices, part.head, strict=True))
 
-    found = forecast(model, tree, prompts, head, batch_tokens=20, on_batch=on_batch)
+    found = predict(model, tree, prompts, head, batch_tokens=20, on_batch=on_batch)
     expected = head.quantiles(last_states(model, prompts, None))
     np.testing.assert_allclose(found.head, expected, atol=1e-4)
     np.testing.assert_array_equal([seen[n] for n in range(6)], found.head)

@@ -1,5 +1,7 @@
 """The distribution over whole dollars against brute force, on tokenisers of every kind and a tiny model."""
 
+from functools import partial
+
 import re
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from conftest import our_model
 
 from llama.attention import Layout
+from llama.generate import extend, prefill
 from pricing.distribution.decode import PRICES, PriceTree, greedy_prices, pick, price_distribution
 
 PROMPTS = [[20, 21, 22, 23, 24], [30, 31], list(range(40, 61))]
@@ -31,7 +34,7 @@ def pairs(text):  # GPT-2 like: two digits merge where they can
 
 
 def random_model(vocabulary=2100, width=24, seed=0, sharpness=0.7, digit_bias=0.0):
-    """A fixed random function from token ids to log-probabilities, with the interface of Llama.prefill and
+    """A fixed random function from token ids to log-probabilities, with the interface of llama.generate.prefill and
     Llama.extend."""
     weight = torch.randn(vocabulary, width, generator=torch.Generator().manual_seed(seed))
     head = torch.randn(vocabulary, width, generator=torch.Generator().manual_seed(seed + 1)) * sharpness
@@ -90,7 +93,7 @@ def test_equals_brute_force_through_the_real_network(tiny):
     """Every answer by a full forward of its own, no cache, against the digit tree with its cache, in float32."""
     model = our_model(tiny[1])
     tree = PriceTree.build(digits)
-    got, _ = price_distribution(model.prefill, model.extend, PROMPTS, tree)
+    got, _ = price_distribution(partial(prefill, model), partial(extend, model), PROMPTS, tree)
 
     def log_probs(ids):
         key = tuple(ids)
@@ -114,11 +117,11 @@ def test_shape_of_the_trees():
 def test_neither_the_batch_nor_its_order_changes_a_distribution(tiny):
     model, tree = our_model(tiny[1]), PriceTree.build(digits)
     for prune in (0.0, 2e-3):
-        together, _ = price_distribution(model.prefill, model.extend, PROMPTS, tree, prune)
-        reverse, _ = price_distribution(model.prefill, model.extend, PROMPTS[::-1], tree, prune)
+        together, _ = price_distribution(partial(prefill, model), partial(extend, model), PROMPTS, tree, prune)
+        reverse, _ = price_distribution(partial(prefill, model), partial(extend, model), PROMPTS[::-1], tree, prune)
         np.testing.assert_allclose(together, reverse[::-1], rtol=1e-3, atol=1e-9)
         for row, prompt in enumerate(PROMPTS):
-            alone, _ = price_distribution(model.prefill, model.extend, [prompt], tree, prune)
+            alone, _ = price_distribution(partial(prefill, model), partial(extend, model), [prompt], tree, prune)
             np.testing.assert_allclose(together[row], alone[0], rtol=1e-3, atol=1e-9)
 
 

@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from conftest import our_model
+from conftest import our_model, step_of
 from test_decode import digits, pairs, whole
 from torch.nn.functional import cross_entropy
 
-from fast.graph import Step
 from llama.attention import Layout
 from lora.inject import inject, lora_layers
-from lora.optim import FlatFactors, make_optimiser
+from lora.optim import FlatParameter, make_optimiser
 from pipeline.options import training_options
 from pricing.data.batch import pack, shape_of
 from pricing.data.prompt import Example
@@ -156,15 +155,12 @@ def test_a_few_steps_lower_the_loss(tiny, kind):
     model = our_model(tiny[1], bits=16)
     torch.manual_seed(0)
     inject(model, rank=4, alpha=8)
-    factors = FlatFactors(lora_layers(model))
+    factors = FlatParameter(lora_layers(model))
     examples = [example(price, prompt=(5, 6, number)) for number, price in enumerate((7, 98, 123, 640))]
     shape = shape_of(examples, 64)
     loss = AnswerLoss(kind, PriceTree.build(digits), 0.1, "cpu")
-    step = Step(
-        model, loss, factors, make_optimiser("adamw", factors.parameter, 2e-2, 0.0), [], shape,
-        accumulate=1, clip=1.0, graph=False,
-    )  # fmt: skip
-    losses = [step([pack(examples, shape)], 2e-2).read()[0] for _ in range(12)]
+    step = step_of(model, loss, factors, make_optimiser("adamw", factors.parameter, 2e-2, 0.0), shape)
+    losses = [step([pack(examples, shape)], 2e-2)()[0] for _ in range(12)]
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -173,14 +169,11 @@ def test_a_step_divides_by_the_tokens_that_carry_loss(tiny):
     examples = [example(7), example(123), example(640)]
     shape, model = shape_of(examples, 64), our_model(tiny[1], bits=16)
     inject(model, rank=4, alpha=8)
-    factors = FlatFactors(lora_layers(model))
+    factors = FlatParameter(lora_layers(model))
     loss = AnswerLoss("price", PriceTree.build(digits), 0.1, "cpu")
-    step = Step(
-        model, loss, factors, make_optimiser("adamw", factors.parameter, 1e-3, 0.0), [], shape,
-        accumulate=2, clip=1.0, graph=False,
-    )  # fmt: skip
+    step = step_of(model, loss, factors, make_optimiser("adamw", factors.parameter, 1e-3, 0.0), shape, accumulate=2)
     window = [pack(examples[:1], shape), pack(examples[1:], shape)]
-    value = step(window, 0.0).read()[0]
+    value = step(window, 0.0)()[0]
     nats = 0.0
     for e, count in zip(examples, (2, 3, 3), strict=True):
         ids = torch.tensor(e.prompt + e.answer)

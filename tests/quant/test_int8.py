@@ -16,6 +16,7 @@ from conftest import hugging_face_model, our_model, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fast import int8 as fast_int8
+from fast.install import install
 from fast.linears import Group
 from fast.plan import Plan
 from llama.attention import Layout
@@ -23,9 +24,11 @@ from llama.model import Llama
 from lora.adapter import load_adapter, save_adapter
 from lora.inject import inject, lora_layers
 from lora.merge import merged_weight
-from pipeline.models import load_base, memory_report, speed_up
+from pipeline.models import load_base, memory_report
 from quant import int8
-from quant.linear import Linear16, LinearInt8, quantise_linear
+from quant.int8 import LinearInt8
+from quant.linear import Linear16
+from quant.quantise import quantise_linear
 
 N, I, O, R, SCALING = 10, 90, 70, 4, 2.0  # I and O are no multiples of 4, which cuBLASLt asks for
 SHAPES = [(N, I, O), (1, 64, 96), (37, 72, 100), (300, 200, 33)]
@@ -453,7 +456,7 @@ def logits_and_gradients(directory, dtype, plan=None):
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     if plan is not None:
-        assert speed_up(model, plan, argparse.Namespace(tokens=40))
+        install(model, plan, tokens=40)
     logits = model(torch.arange(40, device=DEVICE), Layout.packed([25, 15], DEVICE))
     logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE))
     return [logits.detach()] + [layer.lora_A.grad for layer in lora_layers(model).values()]
@@ -484,7 +487,7 @@ def test_smollm2_loses_less_in_8_bits_than_in_4(smollm2_directory):
     layout, logits = Layout.packed([len(tokens)]), {}
     for bits, threshold in ((16, 6.0), (8, 6.0), (8, 0.0), (4, 6.0)):
         options = argparse.Namespace(bits=bits, blocksize=64, double_quant=True, outlier_threshold=threshold)
-        model: Llama = load_base(config, tokenizer, directory, torch.device("cpu"), FP32, options)
+        model: Llama = load_base(config, directory, torch.device("cpu"), FP32, options)
         assert isinstance(model.layers[0].mlp.up_proj, {16: Linear16, 8: LinearInt8}.get(bits, torch.nn.Module))
         with torch.no_grad():
             logits[bits, threshold] = model(tokens, layout).log_softmax(-1).double()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from quant.linear import FrozenLinearFunction, Linear16, LinearNF4, quantise_linear
+from quant.linear import FrozenLinearFunction, Linear16, LinearNF4
+from quant.quantise import quantise_linear
 
 N, I, O, R, SCALING = 10, 64, 96, 4, 2.0
 
