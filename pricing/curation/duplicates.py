@@ -5,11 +5,11 @@ threshold. A shingle is a pair of neighbouring words (lower case, without punctu
 text of 100 words one changed word changes two shingles, so 0.8 allows five of them.
 
 Comparing all pairs of a million texts would take too long. Among all candidates (`drop_near`) MinHash (Broder 1997, by
-datasketch) finds the pairs to compare. In a random order of all shingles the smallest of A and the smallest of B are the
-same with probability J(A, B). With `bands` bands of `rows` such minima each, two texts meet when a whole band agrees;
-the probability is 1 - (1 - J^rows)^bands, at the threshold 0.999 or more (see `bands_for`). Texts that meet are compared
-by their shingles, so only near-duplicates are dropped. Of the pairs at the threshold at most one in a thousand is
-missed, fewer above it.
+datasketch) finds the pairs to compare. In a random order of all shingles the smallest of A and the smallest of B are
+the same with probability J(A, B). With `bands` bands of `rows` such minima each, two texts meet when a whole band
+agrees; the probability is 1 - (1 - J^rows)^bands, at the threshold 0.999 or more (see `bands_for`). Texts that meet are
+compared by their shingles, so only near-duplicates are dropped. Of the pairs at the threshold at most one in a thousand
+is missed, fewer above it.
 
 Between training and held-out items the search is exact, see leaks.py.
 """
@@ -135,7 +135,7 @@ def buckets(keys: Iterable[tuple[int, np.ndarray]], fate: np.ndarray) -> Iterato
 
 
 def drop_exact(keys: Iterable, fate: np.ndarray, mark: int) -> int:
-    """Set the fate of each candidate whose key an earlier one has to `mark`; returns how many."""
+    """Give each candidate whose key an earlier one has the fate `mark`; returns how many."""
     dropped = 0
     for rows in buckets(keys, fate):
         fate[rows[1:]] = mark
@@ -144,7 +144,7 @@ def drop_exact(keys: Iterable, fate: np.ndarray, mark: int) -> int:
 
 
 def drop_near(columns: Iterable[Iterable], shingles, threshold: float, fate: np.ndarray, mark: int) -> int:
-    """Set the fate of each candidate that is a near-duplicate of an earlier one still open to `mark`; returns how many.
+    """Give each near-duplicate of an earlier candidate that is still open the fate `mark`; returns how many.
 
     `columns` are the bands' keys, `shingles(candidate)` gives its set. Of a bucket with many different texts, only the
     first COMPARED are compared with the rest.

@@ -48,8 +48,8 @@ class HeldOut:
         return ranks[chosen], owners[chosen], left[chosen]
 
     def pairs(self, shingles: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(texts, held-out texts): all pairs of near-duplicates, some of them twice. Texts come as `shingles_of` returns
-        them."""
+        """(texts, held-out texts): all pairs of near-duplicates, some of them twice. `shingles` and `sizes` are what
+        `shingles_of` returns for the texts."""
         ranks, owners, left = self.prefixes(shingles, sizes)
         first = np.searchsorted(self.ranks, ranks)
         counts = np.searchsorted(self.ranks, ranks, side="right") - first

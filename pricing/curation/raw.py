@@ -164,7 +164,7 @@ def start_worker() -> None:
 
 
 def sifted(path: Path, options: Options, pool: ProcessPoolExecutor | None, ahead: int) -> Iterator[Block]:
-    """`sift` of the blocks of a file, in order: by the pool, at most `ahead` of them at a time, or here if there is none."""
+    """`sift` of the blocks of a file, in order: by the pool, at most `ahead` at a time, or here without one."""
     blocks, category = blocks_of(path), category_of(path)
     if pool is None:
         yield from (sift(block, category, options) for block in blocks)

@@ -7,14 +7,13 @@ Without a GPU the Triton kernels are skipped, and say so; groups of linears are 
 """
 
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import hugging_face_model, our_model, tiny_config
 
 from fast import install as door
-from fast.layers import PLAIN, FastLayers
+from fast.layers import PLAIN
 from fast.nf4 import JoinedNF4
 from fast.offload import HostEmbedding
 from fast.plan import Plan

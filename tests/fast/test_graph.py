@@ -11,9 +11,9 @@ from test_families import FAMILIES, write_family
 from fast.install import install
 from fast.offload import Recompute
 from fast.plan import Plan
+from llama.generate import prefill
 from lora.inject import inject, lora_layers
 from lora.optim import FlatParameter, make_optimiser
-from llama.generate import prefill
 from pipeline.predictor import tree_functions
 from pricing.data.batch import Shape, pack
 from pricing.data.prompt import Example

@@ -1,8 +1,7 @@
 """The distribution over whole dollars against brute force, on tokenisers of every kind and a tiny model."""
 
-from functools import partial
-
 import re
+from functools import partial
 
 import numpy as np
 import pytest

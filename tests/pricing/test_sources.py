@@ -1,0 +1,79 @@
+"""What --data names: the catalogue, pc-parts, folders of hub files, downloads."""
+
+import json
+import zipfile
+
+import pytest
+from conftest import shared
+
+from pricing.data import sources
+from pricing.data.items import REPEATED, items_from_rows, normalise_title
+
+
+def row(**changes):
+    return {"title": "Steel mug", "price": 12.5, "description": "330 ml"} | changes
+
+
+def test_no_title_is_in_two_splits():
+    items, _, _ = sources.load_items("catalogue", 4000, 0)
+    splits = {}
+    for item in items:
+        splits.setdefault(normalise_title(item.title), set()).add(item.split)
+    assert len(splits) > 3000 and all(len(s) == 1 for s in splits.values())
+
+
+def test_folders_of_hub_files_take_the_split_from_the_name(tmp_path):
+    for name in ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"):
+        (tmp_path / name).write_text(json.dumps(row(title=name)) + "\n")
+    items, _ = items_from_rows(sources.folder_rows(tmp_path), "hub")
+    assert sorted(item.split for item in items) == ["test", "train"]
+
+
+def test_pc_parts_equal_the_known_list(tmp_path, monkeypatch):
+    """Downloaded (here from a file URL), checked, written out: the 15,489 items of the shared file, no more, no
+    less."""
+    archive, known = shared("pc-part-dataset-jsonl.zip"), shared("pc_parts.jsonl")
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(sources, "PC_PARTS_URL", archive.as_uri())
+    items, skipped, identity = sources.load_items("pc-parts", 0, 0)
+    expected = [json.loads(line) for line in known.read_text().splitlines()]
+    assert sorted((i.text, i.price) for i in items) == sorted(
+        ("\n".join(" ".join(e[part].split()) for part in ("title", "category", "description") if e[part]), e["price"])
+        for e in expected
+    )
+    assert identity["items"] == 15489 and sum(skipped.counts.values()) == 66_778 - 15_489
+    assert not any("price per gb" in item.text for item in items)
+    assert sum(item.split == "test" for item in items) >= 1000
+    assert [p.suffix for p in tmp_path.iterdir()] == [".zip"]  # nothing half-written left
+
+
+def test_pc_parts_rows_by_hand(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        part = {
+            "name": "Fan",
+            "price": 9.5,
+            "price_per_gb": 1,
+            "rpm": [500, 900],
+            "pwm": True,
+            "noise_level": None,
+            "size": 120,
+        }
+        archive.writestr(
+            "data/case-fan.jsonl", "\n".join([json.dumps(part)] * 2 + [json.dumps(part | {"price": None})])
+        )
+    rows = list(sources.pc_parts_rows(tmp_path / "a.zip"))
+    fan = {"title": "Fan", "category": "case fan", "description": "rpm: 500 / 900; pwm: yes; size: 120", "price": 9.5}
+    assert rows[0] == (1, fan | {REPEATED: False})
+    items, skipped = items_from_rows(rows, "parts")
+    assert len(items) == 1
+    assert skipped.counts == {"rows that repeat an earlier one": 1, "rows without a price": 1}
+
+
+def test_a_changed_or_unreachable_download_leaves_nothing(tmp_path):
+    (tmp_path / "source").write_text("something else")
+    target = tmp_path / "cache" / "file.zip"
+    with pytest.raises(OSError, match="has sha256 .* expected"):
+        sources.download((tmp_path / "source").as_uri(), "0" * 64, target)
+    with pytest.raises(OSError, match="cannot fetch"):
+        sources.download((tmp_path / "absent").as_uri(), "0" * 64, target)
+    assert list(target.parent.iterdir()) == []
