@@ -31,6 +31,7 @@ def parser():
     parser = make_parser(DOC, prog="do.py")
     parser.add_argument("file", nargs="*", help="what to read")
     parser.add_argument("--out", default="there", help="where to write")
+    parser.add_argument("--also", nargs="*", default=[], help="what to read too")
     parser.add_argument("--limit", default=None, help="how much")
     parser.add_argument("--strict", action="store_true", help="or else")
     parser.add_argument("--zero", type=int, default=0, help="how many")

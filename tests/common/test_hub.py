@@ -6,6 +6,7 @@
 import hashlib
 import multiprocessing
 import os
+import time
 
 import huggingface_hub
 import pytest
@@ -28,24 +29,22 @@ def test_a_directory_is_made_once(tmp_path, monkeypatch):
     assert hub.once("made", lambda out: pytest.fail("made twice")).is_dir()
 
 
-def make_slowly(out, log):
-    with hub.FileLock(f"{out}.none"):
-        pass
-    with open(log, "a") as handle:
-        handle.write("made\n")
-    part = out.with_name("part")
-    part.mkdir()
-    os.rename(part, out)
+def make_in_child(barrier, log):
+    def make(out):
+        with open(log, "a") as handle:
+            handle.write("made\n")
+        time.sleep(0.3)  # the others come meanwhile
+        out.mkdir(exist_ok=True)
 
-
-def make_in_child(log):
-    hub.once("made", lambda out: make_slowly(out, log))
+    barrier.wait()
+    hub.once("made", make)
 
 
 def test_several_processes_at_once_make_it_once(tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
     context = multiprocessing.get_context("fork")
-    children = [context.Process(target=make_in_child, args=(tmp_path / "log",)) for _ in range(4)]
+    barrier = context.Barrier(4)
+    children = [context.Process(target=make_in_child, args=(barrier, tmp_path / "log")) for _ in range(4)]
     for child in children:
         child.start()
     for child in children:
