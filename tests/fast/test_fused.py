@@ -259,9 +259,9 @@ def gradients(directory, bits, targets, fast, keep=False, dtype=torch.float32):
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj,down_proj"])
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_a_model_of_groups_equals_the_readable_one(tmp_path, bits, targets, keep):
+def test_a_model_of_merged_linears_equals_the_readable_one(tmp_path, bits, targets, keep):
     hugging_face_model(tiny_config(attention_bias=True), tmp_path / "m")
     plain, fast = (gradients(tmp_path / "m", bits, targets, fast, keep) for fast in (False, True))
     for a, b in zip(fast, plain, strict=True):
-        # On a GPU the last bit differs, and in 8 bits it may move an input to the next code.
-        close(a, b, torch.bfloat16 if bits == 8 and DEVICE == "cuda" else torch.float32)
+        # 8 bits: outlier columns go by all rows at once, and the textbook's last block is given more of them.
+        close(a, b, torch.bfloat16 if bits == 8 else torch.float32)

@@ -38,9 +38,10 @@ def test_forward_and_backward_in_float32(bits, bias):
     y = linear(*leaves, SCALING)
     y.backward(grad)
     expected, gradients = reference(linear, x, x_lora, lora_A, lora_B, grad)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    # Float32 sums of 64 to 96 terms near 10: what is left depends on the order in which a machine adds them.
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
     for leaf, gradient in zip(leaves, gradients, strict=True):
-        torch.testing.assert_close(leaf.grad.double(), gradient, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(leaf.grad.double(), gradient, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [4, 16])
