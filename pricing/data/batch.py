@@ -52,8 +52,8 @@ class Batch:
     real_tokens: int  # without the filler
 
     def arrays(self) -> dict[str, np.ndarray | int]:
-        """What a training step reads, besides what the loss prepares: arrays tokens, positions, slots (N,), at (M,), and
-        edges (S + 1,) as int32; ints rows and longest."""
+        """What a training step reads, besides what the loss prepares: the arrays tokens, positions, slots (N,), at (M,)
+        and edges (S + 1,) as int32, and the ints rows and longest."""
         arrays = {name: getattr(self, name) for name in ("tokens", "positions", "slots", "at")}
         return arrays | {"edges": self.edges.astype(np.int32), "rows": self.rows, "longest": self.longest}
 
