@@ -3,7 +3,7 @@
 FAMILIES hold what the published files say about the network's sizes and what it computes, each from
 `https://huggingface.co/ID/blob/main/config.json` with its id in PUBLISHED. They were written down from memory, without
 a look at the pages: what stands for them is that transformers' models built from them have exactly as many parameters
-as were published (tests/test_benchmarks_families.py).
+as were published (tests/pipeline/test_benchmarks_families.py).
 """
 
 LLAMA = {

@@ -35,7 +35,7 @@ NEEDED = ["title", "price"]
 
 @dataclass(frozen=True)
 class Options:
-    """What a candidate depends on, beside its record."""
+    """What a candidate depends on, besides its record."""
 
     preset: Preset
     near: float  # least Jaccard similarity of near-duplicates; 0: they are not searched

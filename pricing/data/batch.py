@@ -52,8 +52,8 @@ class Batch:
     real_tokens: int  # without the filler
 
     def arrays(self) -> dict[str, np.ndarray | int]:
-        """What a training step reads, beside what the loss prepares: arrays tokens, positions, slots (N,), at (M,), and
-        edges (S + 1,) as int32; ints rows and longest."""
+        """What a training step reads, besides what the loss prepares: the arrays tokens, positions, slots (N,), at (M,)
+        and edges (S + 1,) as int32, and the ints rows and longest."""
         arrays = {name: getattr(self, name) for name in ("tokens", "positions", "slots", "at")}
         return arrays | {"edges": self.edges.astype(np.int32), "rows": self.rows, "longest": self.longest}
 
@@ -149,8 +149,8 @@ def count_batches(examples: list[Example], shape: Shape, seed: int, epochs: floa
 
 
 def length_batches(prompts: list[list[int]], budget: int) -> Iterator[list[int]]:
-    """Indices of the prompts in batches of similar length, each of at least one prompt and at most `budget` tokens,
-    padding included. Longest first: if memory is short, the first batch shows it, not the last."""
+    """Indices of the prompts in batches of similar length, each of at least one prompt and at most `budget` tokens
+    if all were as long as its longest. The longest come first: if memory is short, the first batch shows it."""
     chosen: list[int] = []
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
         if chosen and (len(chosen) + 1) * len(prompts[chosen[0]]) > budget:

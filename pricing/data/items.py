@@ -18,7 +18,7 @@ from typing import Iterable, Iterator
 MIN_PRICE, MAX_PRICE = 0.50, 999.49  # dollars: what rounds to a whole price from 1 to 999
 TEST_SHARE, VAL_SHARE = 10, 5  # percent of the titles
 SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "dev": "val", "test": "test"}
-# Published data sets hold the finished prompt, answer included: `...Price is $123.00`. The text is what lies between.
+# Published data sets have the whole prompt and the answer as text: `...Price is $123.00`. An item's text is between.
 QUESTION = re.compile(r"^(How much|What) does this cost to the nearest dollar\?\s*")
 ANSWER = re.compile(r"\s*Price is \$[\d.,]*\s*$")
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python reads a byte that is not UTF-8 (surrogateescape)
@@ -28,6 +28,8 @@ WORD = r"(?u)\b\w[\w.]*\b"  # of a text, for tf-idf: numbers stay whole, "2.4" a
 
 @dataclass(frozen=True)
 class Item:
+    """A product with its price."""
+
     id: str
     title: str
     text: str  # what the model reads; the price is not in it

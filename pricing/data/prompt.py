@@ -38,6 +38,8 @@ def load_prompt(name: str) -> str:
 
 @dataclass(frozen=True)
 class Example:
+    """An item as token ids."""
+
     prompt: list[int]  # token ids up to and with the "$"
     answer: list[int]  # token ids of `123.00`; the loss is on these and nothing else
     price: float  # dollars
@@ -45,6 +47,7 @@ class Example:
 
 
 def answer_text(dollars: int) -> str:
+    """`123.00` for 123"""
     return f"{dollars}.00"
 
 

@@ -134,7 +134,7 @@ class JointLoss:
         self.levels = torch.tensor(LEVELS, device=head.mean.device)
 
     def prepare(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Beside what `answer` needs: `first` (items,), where among the M positions each item's first answer token is
+        """Besides what `answer` needs: `first` (items,), where among the M positions each item's first answer token is
         predicted; `log_price`; `counts`, 1 for an item and 0 beyond the last"""
         first, log_price = np.zeros(self.items, np.int64), np.zeros(self.items, np.float32)
         counts, n = np.zeros(self.items, np.float32), len(batch.examples)

@@ -1,6 +1,6 @@
 """The built-in catalogue: the same everywhere, priced as documented, readable from its text, with a known floor.
 
-    python -m pytest tests/test_catalogue.py
+    python -m pytest tests/pricing/test_catalogue.py
 """
 import hashlib
 import json
@@ -26,7 +26,7 @@ def drawn(i, seed=0):
     return catalogue._draw(random.Random(f"{seed}:{i}"))
 
 
-def found(text, wordings):
+def named_in(text, wordings):
     """Those of the wordings that stand in the text as whole words."""
     return [w for w in wordings if re.search(rf"(?<!\w){re.escape(w)}(?!\w)", text, re.IGNORECASE)]
 
@@ -35,15 +35,15 @@ def read(item):
     """The factors as a reader of the text and the tables finds them. Each one-element unpacking is a claim."""
     text = f"{item['title']}\n{item['description']}"
     category = CATEGORIES[item["category"]]
-    (brand,) = found(text, BRANDS)
-    (noun,) = found(item["title"], category.nouns)
-    (material,) = found(text, category.materials)
+    (brand,) = named_in(text, BRANDS)
+    (noun,) = named_in(item["title"], category.nouns)
+    (material,) = named_in(text, category.materials)
     sizes = re.findall(rf"(?<![\d.])(\d+(?:\.\d+)?)[ -]?(?:{'|'.join(category.unit)})\b", text, re.IGNORECASE)
     (size,) = {float(size) for size in sizes}
     packs = re.findall(r"\b(?:pack|set|box|bundle) of (\w+)|\b(\d+)-pack\b", text, re.IGNORECASE)
     (count,) = {a or b for a, b in packs} or {"1"}
     count = {word: n for n, word in COUNTS.items()}.get(count.lower()) or int(count)
-    features = frozenset(wordings for wordings in category.features if found(text, wordings))
+    features = frozenset(wordings for wordings in category.features if named_in(text, wordings))
     return Factors(item["category"], brand, noun, size, material, features, count)
 
 

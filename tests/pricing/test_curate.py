@@ -188,16 +188,16 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, workers):
     cases = bad_inputs(tmp_path)
     if workers == "2":  # what happens in the pool, once
         cases = {name: cases[name] for name in ("short.jsonl.gz", "reviews.jsonl")}
-    for name, said in cases.items():
+    for name, message in cases.items():
         with pytest.raises(SystemExit) as stopped:
             main([str(tmp_path / name), "--out", str(tmp_path / "out.parquet"), "--workers", workers])
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert stopped.value.code == 2 and re.match(f"error: .*{said}", error), (name, error)
+        assert stopped.value.code == 2 and re.match(f"error: .*{message}", error), (name, error)
         assert not (tmp_path / "out.parquet").exists()
 
 
 @pytest.mark.parametrize(
-    "options, said",
+    "options, message",
     [
         (["--out", "out.csv"], "must end in .parquet"),
         (["--out", "there.parquet"], "there.parquet exists"),
@@ -209,13 +209,13 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, workers):
         (["good.jsonl"], "named twice"),
     ],
 )
-def test_bad_options_end_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, options, said):
+def test_bad_options_end_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "good.jsonl", [record(0)])
     (tmp_path / "there.parquet").write_text("")
     with pytest.raises(SystemExit) as stopped:
         main(["--out", "out.parquet", *options, "good.jsonl"])
-    assert stopped.value.code == 2 and re.search(f"^error: .*{said}", capsys.readouterr().err)
+    assert stopped.value.code == 2 and re.search(f"^error: .*{message}", capsys.readouterr().err)
     assert not (tmp_path / "out.parquet").exists() and (tmp_path / "there.parquet").read_text() == ""
 
 
@@ -223,9 +223,9 @@ def test_the_terminal_says_what_the_json_says(tmp_path, capsys):
     unpriced = [record(n, price=None) for n in range(9)]
     path = write(tmp_path / "a.jsonl", [*(record(n) for n in range(40)), "{", *unpriced])
     main([str(path), "--out", str(tmp_path / "o.parquet"), "--max-tokens", "50", "--workers", "1"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert said.startswith("50 records read -1 that are not JSON (first: a.jsonl, record 41) -9 without a price")
-    assert "40 candidates 40 items 34 train 2 val 4 test" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith("50 records read -1 that are not JSON (first: a.jsonl, record 41) -9 without a price")
+    assert "40 candidates 40 items 34 train 2 val 4 test" in printed
     assert all(token_rule(50, 50).fullmatch(row["text"]) for row in rows_of(tmp_path / "o.parquet"))
 
 
@@ -258,12 +258,12 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 def test_memory_does_not_grow_with_the_input(tmp_path):
     """27,000 texts more are 27 MB, their shingles 15 MB and their keys 4 MB; memory may differ by a few MB."""
     rng = random.Random(5)
-    said, peaks = [made_up(rng, 4) for _ in range(20_000)], []
+    vocabulary, peaks = [made_up(rng, 4) for _ in range(20_000)], []
     for count in (9_000, 36_000):
         path = tmp_path / f"meta_{count}.jsonl"
         with open(path, "w") as file:
             for number in range(count):
-                words = " ".join(rng.choices(said, k=80))
+                words = " ".join(rng.choices(vocabulary, k=80))
                 file.write(f'{{"title": "{words[:60]}", "price": {number % 998 + 1}, "description": ["{words}"]}}\n')
         command = [sys.executable, "-c", MEASURE, str(path), "--out", str(tmp_path / f"{count}.parquet")]
         command += ["--workers", "1", "--preset", "first"]

@@ -24,10 +24,10 @@ def test_near_duplicates_are_those_of_brute_force(tmp_path, threshold):
     records = [record(n, title=made_up(rng, 3), description=[t], features=[], details={}) for n, t in enumerate(texts)]
     path, preset = write(tmp_path / "a.jsonl", records), replace(FIRST, sizes=(10**6, 0, 0))
     report = curate([path], tmp_path / "a.parquet", preset, near=threshold)
-    kept = {row["id"] for row in rows_of(tmp_path / "a.parquet")}
+    ids = {row["id"] for row in rows_of(tmp_path / "a.parquet")}
     sets = [pairs(item_of(r, FIRST, "")[1]) for r in records]
     alike = [[m for m in range(n) if jaccard(sets[n], sets[m]) >= threshold] for n in range(len(sets))]
-    gone = [n for n, r in enumerate(records) if r["parent_asin"] not in kept]
+    gone = [n for n, r in enumerate(records) if r["parent_asin"] not in ids]
     assert len(gone) > 25 and len(gone) == report["left_out"]["that are near-duplicates of an earlier one"]
     assert all(alike[n] for n in gone)  # nothing goes without a reason
     assert not any(set(alike[n]) - set(gone) for n in set(range(len(sets))) - set(gone))  # and no pair is left

@@ -22,11 +22,11 @@ def test_the_middle_of_a_distribution_by_hand():
     p[0, [10, 20, 30, 40]] = [0.1, 0.4, 0.4, 0.1]
     p[1, 0] = 1.0
     p[2, 100:200] = 0.01
-    found = dict(zip(LEVELS, np.exp(log_quantiles(p)).T, strict=True))
+    quantile = dict(zip(LEVELS, np.exp(log_quantiles(p)).T, strict=True))
     # A whole dollar is a dollar wide: 10 holds the first tenth, half of it up to 10.00, a quarter up to 9.75.
-    np.testing.assert_allclose([found[0.025][0], found[0.05][0], found[0.3][0]], [9.75, 10, 20], atol=1e-6)
-    np.testing.assert_allclose([found[q][1] for q in LEVELS], 0.5)  # nothing costs less
-    np.testing.assert_allclose([found[0.05][2], found[0.5][2]], [104.5, 149.5], atol=1e-6)
+    np.testing.assert_allclose([quantile[0.025][0], quantile[0.05][0], quantile[0.3][0]], [9.75, 10, 20], atol=1e-6)
+    np.testing.assert_allclose([quantile[q][1] for q in LEVELS], 0.5)  # nothing costs less
+    np.testing.assert_allclose([quantile[0.05][2], quantile[0.5][2]], [104.5, 149.5], atol=1e-6)
     low, high = central_range(log_quantiles(p), 0.8)
     np.testing.assert_allclose(low[[0, 2]], [10.5, 109.5], atol=1e-6)
     np.testing.assert_allclose(high[[0, 2]], [30.5, 189.5], atol=1e-6)
@@ -140,7 +140,7 @@ def test_ranges_are_moved_by_what_the_calibration_set_asks_for():
 
 
 def test_validation_items_are_calibrated_by_their_other_half():
-    """Ranges that are a factor of 3 too narrow, held by 80 % afterwards; by themselves it would be 80 % exactly."""
+    """Ranges that are a factor of 3 too narrow, holding 80 % afterwards; by themselves it would be 80 % exactly."""
     rng = np.random.default_rng(0)
     centre, spread = rng.normal(4, 0.7, 400), 0.3 * np.array([-1.96, *np.linspace(-1.64, 1.64, 19), 1.96])
     quantiles, truth = centre[:, None] + spread / 3, np.exp(centre + 0.3 * rng.normal(size=400))

@@ -204,8 +204,8 @@ def test_a_sample_does_not_depend_on_the_order_of_the_file():
 
 
 def test_a_text_that_is_trained_on_is_not_new():
-    train, held = items_of("Red mug, 1 l", "blue mug"), items_of("red MUG 1 l", "green mug")
-    assert unseen(held, train) == held[1:] and unseen(held, []) == held
+    train, others = items_of("Red mug, 1 l", "blue mug"), items_of("red MUG 1 l", "green mug")
+    assert unseen(others, train) == others[1:] and unseen(others, []) == others
 
 
 def test_a_column_of_any_name_throws_no_row_away():

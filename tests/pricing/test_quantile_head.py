@@ -73,8 +73,8 @@ def test_pinball_by_its_definition():
         for f, q in zip(row, levels, strict=True):
             total += q * (y - f) if y >= f else (1 - q) * (f - y)
     assert total > 1
-    found = pinball(torch.tensor(quantiles), torch.tensor(truth), torch.tensor(levels))
-    assert found.shape == (2,) and float(found.mean()) == pytest.approx(total / 6)
+    scores = pinball(torch.tensor(quantiles), torch.tensor(truth), torch.tensor(levels))
+    assert scores.shape == (2,) and float(scores.mean()) == pytest.approx(total / 6)
 
 
 def test_the_constant_with_the_least_pinball_loss_is_the_quantile():
@@ -101,13 +101,13 @@ def test_gradient_of_the_loss_through_the_ordered_quantiles():
 
 def test_quantiles_never_cross_and_the_middle_one_is_free():
     raw = 20 * numbers(500, len(LEVELS))
-    found = ordered(raw)
-    assert (found.diff(dim=1) >= 0).all()
-    assert torch.equal(found[:, MIDDLE], raw[:, MIDDLE])
+    quantiles = ordered(raw)
+    assert (quantiles.diff(dim=1) >= 0).all()
+    assert torch.equal(quantiles[:, MIDDLE], raw[:, MIDDLE])
     assert LEVELS[MIDDLE] == 0.5 and len(LEVELS) == 21
     one = raw.clone()
     one[:, MIDDLE + 1] += 1  # the first gap upwards lifts all above, and nothing below
-    moved = ordered(one) - found
+    moved = ordered(one) - quantiles
     assert (moved[:, : MIDDLE + 1] == 0).all() and (moved[:, MIDDLE + 1 :] >= 0).all() and moved.max() > 0.5
 
 
@@ -126,14 +126,14 @@ def test_a_new_head_begins_with_the_quantiles_of_a_normal_distribution():
 def test_it_recovers_the_conditional_quantiles_of_a_known_law(known_law, fitted):
     _, states, width = known_law
     rows = np.arange(5000, 6000)
-    found = fitted.quantiles(states[rows])
-    assert (np.diff(found, axis=1) >= 0).all()
+    quantiles = fitted.quantiles(states[rows])
+    assert (np.diff(quantiles, axis=1) >= 0).all()
     normal = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(LEVELS)).numpy()
     centre = 4 + 0.5 * (states[rows, 0] - 300) / 50
     expected = centre[:, None] + width[rows, None] * normal
-    error = np.abs(found - expected)  # in log price, of quantiles up to 1.4 from the median
+    error = np.abs(quantiles - expected)  # in log price, of quantiles up to 1.4 from the median
     assert error[:, MIDDLE].mean() < 0.06 and error.mean() < 0.09
-    spread = (found[:, -1] - found[:, 0]) / (expected[:, -1] - expected[:, 0])
+    spread = (quantiles[:, -1] - quantiles[:, 0]) / (expected[:, -1] - expected[:, 0])
     for part in (width[rows] < 0.4, width[rows] > 0.6):  # of these, the mean widths are 0.35 and 0.65
         assert 0.85 < spread[part].mean() < 1.15
 

@@ -57,10 +57,10 @@ def test_the_page_says_what_a_reader_looks_for(report):
     assert "The 80% ranges hold the true price of 33.3% of the items" in page
     assert "<td>$400-1000</td>" not in page and "<td>$0-50</td><td>4</td>" in page
     lists = page.split("The twenty worst")[1].split("The twenty best")
-    found = [[int(n) for n in re.findall(r"<b>item (\d+) &lt;i&gt;</b>", part)] for part in lists]
+    listed = [[int(n) for n in re.findall(r"<b>item (\d+) &lt;i&gt;</b>", part)] for part in lists]
     errors = truth * np.linspace(0.33, 0.02, 30)
-    assert found[0] == sorted(range(30), key=lambda n: -errors[n])[:20]
-    assert found[1] == list(range(29, 9, -1))  # the share of the price by which a guess is off falls from item to item
+    assert listed[0] == sorted(range(30), key=lambda n: -errors[n])[:20]
+    assert listed[1] == list(range(29, 9, -1))  # the share of the price by which a guess is off falls from item to item
 
 
 def test_the_table_is_sorted_and_shows_the_paired_difference():
@@ -90,9 +90,9 @@ def test_compared_by_hand(tmp_path):
     b = predictions(tmp_path / "b", [100.0, 200.0], [90, 250])
     lines = (b / "predictions.csv").read_text().splitlines()
     (b / "predictions.csv").write_text("\n".join([lines[0], lines[2], lines[1]]) + "\n")
-    said = compare_reports(a, b)
-    assert f"{a}  off by $32.00 on average\n{b}  off by $30.00 on average" in said
-    assert f"2 items: +$2.00 (95 % interval +$1.00 to +$3.00): {b} is better on such items; what another seed" in said
+    words = compare_reports(a, b)
+    assert f"{a}  off by $32.00 on average\n{b}  off by $30.00 on average" in words
+    assert f"2 items: +$2.00 (95 % interval +$1.00 to +$3.00): {b} is better on such items; what another seed" in words
     assert f"-$2.00 (95 % interval -$3.00 to -$1.00): {b} is better" in compare_reports(b, a)
     c = predictions(tmp_path / "c", [100.0, 200.0], [120, 225])  # errors 20 and 25: better by 28, worse by 9
     assert compare_reports(a, c).endswith("no difference that these items can show")

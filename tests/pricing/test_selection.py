@@ -62,11 +62,11 @@ def test_draws_beside_numpys(preset):
         fate = np.zeros(count, np.uint8)
         draw(Fake(prices, categories), fate, preset, seed)
         assert np.bincount(fate).tolist() == [3000] + [0] * (NOT_DRAWN - 1) + [7000]
-        for found, chosen in (
+        for means, chosen in (
             (ours, fate == OPEN), (theirs, rng.choice(count, 3000, replace=False, p=weight / weight.sum())),
         ):  # fmt: skip
             kinds = [np.mean(categories[chosen] == c) for c in ("Automotive", "Tools and Home Improvement")]
-            found.append([*kinds, prices[chosen].mean() / 1000])
+            means.append([*kinds, prices[chosen].mean() / 1000])
     np.testing.assert_allclose(np.mean(ours, 0), np.mean(theirs, 0), atol=0.012)
     assert np.mean(ours, 0)[0] < 0.45  # of 0.6 before
 
