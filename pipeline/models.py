@@ -5,6 +5,7 @@ where in memory.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -43,10 +44,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, float32 elsewhere. float16 is not offered: its range overflows in
-    training."""
-    if name != "auto":
+    """`auto`: bfloat16 where the hardware multiplies it, float32 elsewhere, or what $QLORA_DTYPE says. float16 is not
+    offered: its range overflows in training."""
+    if name == "auto":
+        name = os.environ.get("QLORA_DTYPE", "auto")
+    if name in DTYPES:
         return DTYPES[name]
+    if name != "auto":
+        raise ValueError(f"QLORA_DTYPE is {name!r}; it takes {', '.join(DTYPES)} or auto")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     able = getattr(torch.cpu, "get_capabilities", dict)()

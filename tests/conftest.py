@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,15 @@ LLAMA31_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+
+def pytest_addoption(parser):
+    parser.addoption("--dtype", default="bf16", choices=["bf16", "fp32"], help="what the scripts' --dtype auto means")
+
+
+def pytest_configure(config):
+    """Not the machine's luck: the scripts compute in the dtype that is asked for, wherever the tests run."""
+    os.environ["QLORA_DTYPE"] = config.getoption("--dtype")
 
 
 def tiny_config(**changes) -> dict:

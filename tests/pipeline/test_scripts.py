@@ -10,9 +10,9 @@ import pytest
 
 import train
 from evaluate import blended
-from pipeline.options import training_options
-from pipeline.predictor import Forecast, Run
-from train import learning_rate, peak_rate
+from pipeline.options import peak_rate, training_options
+from pipeline.predictor import Prediction, Predictor
+from train import learning_rate
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,21 +28,21 @@ def test_the_rate_of_a_run():
     assert learning_rate(0.4, 2.0, "cosine", 0.2) == pytest.approx(1 + math.sqrt(0.5))
 
 
-def test_three_forecasts_count_alike(monkeypatch):
-    three = object.__new__(Run)
-    three.paths, three.heads, three.at, three.model, three.tree = list("abc"), [None] * 3, 0, None, None
+def test_three_predictions_count_alike(monkeypatch):
+    three = object.__new__(Predictor)
+    three.paths, three.heads, three.active, three.model, three.tree = list("abc"), [None] * 3, 0, None, None
     monkeypatch.setattr("pipeline.predictor.load_adapter", lambda model, path: None)
     each = iter([1.0, 2.0, 6.0])
 
     def fake(model, tree, prompts, head, *, batch_tokens, prune, on_batch):
-        found = Forecast(*[np.full((2, 2), next(each))] * 2)
+        found = Prediction(*[np.full((2, 2), next(each))] * 2)
         if on_batch:
-            on_batch([1], Forecast(found.distribution[1:], found.digits[1:]))
+            on_batch([1], Prediction(found.distribution[1:], found.digits[1:]))
         return found
 
     seen = []
-    monkeypatch.setattr("pipeline.predictor.forecast", fake)
-    found = three.forecast([[1], [2]], on_batch=lambda indices, part: seen.append(part.digits))
+    monkeypatch.setattr("pipeline.predictor.predict", fake)
+    found = three.predict([[1], [2]], on_batch=lambda indices, part: seen.append(part.digits))
     np.testing.assert_allclose(found.digits, 3)
     np.testing.assert_allclose(seen, [[[3, 3]]])
 
@@ -52,7 +52,7 @@ def test_further_members_take_over_what_the_first_ones_plan_settled(monkeypatch)
     monkeypatch.setattr(sys, "argv", ["train.py", "--members", "3", "--out", "o"])
     monkeypatch.setattr("train.train", lambda args, plan=None: seen.append((args.out, args.seed, plan)))
     monkeypatch.setattr("train.read_run", lambda ckpt: {"plan": settled})
-    train.main()
+    train.main(training_options())
     assert seen == [("o", 0, None), ("o/members/1", 1, settled), ("o/members/2", 2, settled)]
 
 
