@@ -24,7 +24,8 @@ from common.cli import run_main
 from common.files import write_directory
 from pipeline.data import run_items
 from pipeline.models import pick_device, pick_dtype
-from pipeline.predictor import Predictor, forward_tokens, predict, tree_functions, without_adapter
+from pipeline.prediction import forward_tokens, predict, tree_functions, without_adapter
+from pipeline.predictor import Predictor
 from pricing.curation.leaks import leaks
 from pricing.data.batch import length_batches
 from pricing.data.catalogue import least_error

@@ -22,7 +22,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,17 +43,15 @@ from pipeline.models import (
     pick_dtype,
     plan_memory,
 )
-from pipeline.predictor import MOST_CALIBRATION, last_states, validate
+from pipeline.prediction import start_price_head, validate
+from pipeline.predictor import MOST_CALIBRATION
 from pipeline.progress import Progress, one_behind, print_setup
 from pipeline.steps import make_step
 from pricing.data.batch import batches, count_batches, pack, shape_of
 from pricing.data.items import sample
 from pricing.distribution.decode import PriceTree
 from pricing.distribution.loss import AnswerLoss
-from pricing.distribution.quantile_head import JointLoss, load_head, new_price_head
-
-SIZED = 64  # prompts at most whose states say how large what the price head reads is
-
+from pricing.distribution.quantile_head import JointLoss, load_head
 
 # ---- one training step ----------------------------------------------------------------------------------------------
 
@@ -112,11 +109,7 @@ def prepare_model(args, config, directory, device, dtype, examples, numerics: di
         return model, None
     if args.resume:
         return model, load_head(Path(args.out)).to(device).requires_grad_(True)
-    # How large is what the price head reads? The last norm's weights do not tell: in Gemma they are 54, states 3.5.
-    states = last_states(model, [e.prompt for e in examples[:: len(examples) // SIZED + 1]], args.batch_tokens)
-    prices, size = np.array([e.price for e in examples]), float(np.sqrt(np.square(states).mean()))
-    settings = {"states": "tuned", "blocks": [len(model.layers)], "mean": False, "joint": True}
-    return model, new_price_head(prices, config.hidden_size, size, settings, device)
+    return model, start_price_head(model, examples, args.batch_tokens)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from benchmarks.workload import W8B, random_sequences
 from fast.install import install
 from fast.plan import Plan, free_memory
 from pipeline.models import load_base, open_base, pick_device, pick_dtype
-from pipeline.predictor import Predictor, predict, test_prompts
+from pipeline.prediction import predict
+from pipeline.predictor import Predictor, test_prompts
 from pricing.distribution.decode import PRUNE, PriceTree
 
 QUESTION = 12  # tokens that all texts begin with, as real prompts do

@@ -14,7 +14,7 @@ from fast.plan import Plan
 from llama.generate import prefill
 from lora.inject import inject, lora_layers
 from lora.optim import FlatParameter, make_optimiser
-from pipeline.predictor import tree_functions
+from pipeline.prediction import tree_functions
 from pricing.data.batch import Shape, pack
 from pricing.data.prompt import Example
 

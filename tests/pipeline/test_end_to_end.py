@@ -23,7 +23,8 @@ from evaluate import BLEND
 from pipeline.checkpoint import read_calibration
 from pipeline.data import run_items
 from pipeline.models import pick_dtype
-from pipeline.predictor import Predictor, last_states
+from pipeline.prediction import last_states
+from pipeline.predictor import Predictor
 from pricing.curation.leaks import leaks
 from pricing.data.items import items_from_rows, read_rows, sample, split_of
 from pricing.data.prompt import encode_prompt

@@ -9,7 +9,8 @@ from conftest import our_model
 
 from lora.inject import inject, lora_layers
 from pipeline.checkpoint import adapter_digest
-from pipeline.predictor import last_states, open_head, predict, without_adapter
+from pipeline.prediction import last_states, predict, without_adapter
+from pipeline.predictor import open_head
 from pricing.distribution.decode import PriceTree
 from pricing.distribution.intervals import MIDDLE
 from pricing.distribution.quantile_head import new_price_head, save_head

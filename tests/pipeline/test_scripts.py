@@ -11,7 +11,8 @@ import pytest
 import train
 from evaluate import blended
 from pipeline.options import peak_rate, training_options
-from pipeline.predictor import Prediction, Predictor
+from pipeline.prediction import Prediction
+from pipeline.predictor import Predictor
 from train import learning_rate
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,7 +1,7 @@
 """LLM.int8() against bitsandbytes, against float64, and the fast path against the readable one.
 
     python -m pytest tests/quant/test_int8.py
-    TRITON_INTERPRET=1 python -m pytest tests/quant/test_int8.py       # the kernels without a GPU, where Triton is installed
+    TRITON_INTERPRET=1 python -m pytest tests/quant/test_int8.py   # without a GPU, where Triton is installed
 """
 
 import argparse
@@ -328,7 +328,7 @@ def apart(linears, x):
 
 
 def test_a_merged_linear_is_its_linears_side_by_side():
-    """Up to the order of float32 sums, which goes by the number of threads: outlier columns are multiplied in float32."""
+    """Up to the order of float32 sums, which goes by the number of threads: outliers are multiplied in float32."""
     linears, x = joined(), parts()[1]
     before, weights = apart(linears, x), torch.cat([linear.dequantise(FP32) for linear in linears])
     merged = MergedLinear(linears, Scratch(), KERNELS)
@@ -451,7 +451,7 @@ def test_merging_adds_to_the_dequantised_weight():
 
 
 def logits_and_gradients(directory, dtype, plan=None):
-    """A model of tiny size in 8 bits, readable, or with a `plan` on the fast path: its logits, the gradient of each lora_A"""
+    """A model of tiny size in 8 bits, readable, or fast by a `plan`: its logits, the gradient of each lora_A"""
     torch.manual_seed(0)
     model = our_model(directory, bits=8, dtype=dtype, outlier_threshold=2.0).to(DEVICE)
     model.frequency = model.frequency.to(DEVICE)
