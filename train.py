@@ -65,8 +65,8 @@ def training_step(model: Llama, loss: Callable, inputs: dict[str, Tensor | int],
     """
     layout = Layout(inputs["positions"], inputs["rows"], inputs["longest"], inputs["slots"], edges=inputs["edges"])
     states = model.hidden_states(inputs["tokens"], layout, at=inputs["at"])  # (N,) -> (M, C)
-    logits = model.head(states)  # (M, V): never of the other tokens
-    nats = loss(logits, inputs, states) * weight  # ()
+    # The logits (M, V), of no other tokens, have no name here: it would hold them in memory until backward is done.
+    nats = loss(model.head(states), inputs, states) * weight  # ()
     nats.backward()
     return nats.detach()
 
