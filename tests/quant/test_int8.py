@@ -351,7 +351,7 @@ def test_kernels_compute_what_the_readable_linear_does(n, i, bias, threshold, dt
     x = parts(n, i, dtype=dtype)[1].to(DEVICE)
     x[n // 2] = 0
     expected, weights = apart(linears, x), torch.cat([linear.dequantise(dtype) for linear in linears])
-    whole = fast_int8.JoinedInt8(linears)
+    whole = fast_int8.JoinedInt8(linears, True)
     whole.fused = True
     assert torch.equal(whole.dequantise_into(torch.full_like(weights, math.nan)), weights)
     y = whole.multiply(x)
@@ -365,7 +365,7 @@ def test_kernels_compute_what_the_readable_linear_does(n, i, bias, threshold, dt
 @kernels
 def test_kernels_take_many_tokens_in_parts(monkeypatch):
     linears, x = joined(DEVICE), parts(n=150)[1].to(DEVICE)
-    whole = fast_int8.JoinedInt8(linears)
+    whole = fast_int8.JoinedInt8(linears, True)
     whole.fused = True
     y = whole.multiply(x)
     monkeypatch.setattr(fast_int8, "ROWS", 64)
@@ -375,7 +375,7 @@ def test_kernels_take_many_tokens_in_parts(monkeypatch):
 @kernels
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_nan_reaches_its_own_row_alone_in_the_kernels(poison):
-    whole = fast_int8.JoinedInt8(joined(DEVICE, threshold=0.0))
+    whole = fast_int8.JoinedInt8(joined(DEVICE, threshold=0.0), True)
     whole.fused, x = True, parts(outliers=0)[1].to(DEVICE)
     x[4, 9] = poison
     y = whole.multiply(x)
