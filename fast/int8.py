@@ -1,4 +1,4 @@
-"""LLM.int8() once more, for speed: what LinearInt8 (quant/int8.py) computes, in fixed shapes and few passes.
+"""LLM.int8(), written for speed: what LinearInt8 (quant/int8.py) computes, in fixed shapes and few passes.
 
     python -m pytest tests/quant/test_int8.py  # equal to LinearInt8, forward and backward
 

@@ -1,4 +1,4 @@
-"""The layer loop of llama/model.py once more, for speed: `FastLayers` takes the place of `run_layers`, whole.
+"""The layer loop of llama/model.py, written for speed: `FastLayers` takes the place of `run_layers`, whole.
 
     python -m pytest tests/fast/test_layers.py      # against the textbook model, forward and backward
 

@@ -1,4 +1,4 @@
-"""The quantised linear once more, for speed: the same sums as quant/linear.py, in fewer and larger steps.
+"""The quantised linear, written for speed: the same sums as quant/linear.py, in fewer and larger steps.
 
     python -m pytest tests/fast/test_linears.py     # equal to the readable linear, forward and backward
     python -m benchmarks.kernels                    # against copy speed and the matmul peak of the GPU
