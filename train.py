@@ -33,16 +33,7 @@ from lora.inject import inject, lora_layers
 from lora.optim import FlatParameter, capturable, make_optimiser
 from pipeline.checkpoint import COMPLETE, TrainingRun, check_replaceable, load_metrics, load_state, read_run, save
 from pipeline.data import load_training_data
-from pipeline.models import (
-    READABLE,
-    fast,
-    load_base,
-    open_base,
-    peak_memory,
-    pick_device,
-    pick_dtype,
-    plan_memory,
-)
+from pipeline.models import READABLE, fast, load_base, open_base, pick_device, pick_dtype, plan_memory
 from pipeline.prediction import start_price_head, validate
 from pipeline.predictor import MOST_CALIBRATION
 from pipeline.progress import Progress, one_behind, print_setup
@@ -164,6 +155,20 @@ def loop(run: TrainingRun, progress: Progress, take_step, stream, shape, check, 
     return saved
 
 
+def finish(args, data, progress: Progress, check: Callable, store: Callable) -> None:
+    """Check the last weights, and save them, or say which earlier ones are kept as the best."""
+    if data.val:
+        if not progress.checks or progress.checks[-1][1] != progress.step:
+            check()
+        print(f"validation off by ${progress.checks[-1][0]:.2f} on {len(data.val)} items")
+    if args.keep == "last" or min(progress.checks)[1] == progress.step:
+        progress.stop_clock()
+        store()
+    else:
+        error, best = min(progress.checks)
+        print(f"kept       step {best}, off by ${error:.2f}: the best of {len(progress.checks)} checks")
+
+
 # ---- one run ---------------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +181,7 @@ def train(args: argparse.Namespace, numerics: dict | None = None) -> None:
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
 
+    # ---- data, tokens, batches
     data = load_training_data(args, earlier)
     print(data.describe(args.data))
     config, tokenizer, directory = open_base(args.model)
@@ -185,11 +191,12 @@ def train(args: argparse.Namespace, numerics: dict | None = None) -> None:
     if shape.longest > (known := config.max_position_embeddings):
         raise ValueError(f"{args.model} knows {known:,} positions, an item has {shape.longest:,}; lower --max-tokens")
 
+    # ---- the model, quantised; what learns, as one flat vector; the step
     started = time.perf_counter()
     plan, reasons = plan_memory(args, config, shape, device, dtype, numerics)
     numerics = plan.numerics if plan else numerics or {"optimiser": args.optimiser, "head8": False}
-    host_embed = bool(plan and plan.host_embed)
-    model, price_head = prepare_model(args, config, directory, device, dtype, examples, numerics, host_embed)
+    on_host = bool(plan and plan.host_embed)
+    model, price_head = prepare_model(args, config, directory, device, dtype, examples, numerics, on_host)
     loss = AnswerLoss(args.loss, tree, args.soft_width, device)
     loss = JointLoss(loss, price_head, args.head_weight, shape.items) if price_head else loss
     flat = FlatParameter(lora_layers(model), list(price_head.parameters()) if price_head else [])
@@ -199,8 +206,9 @@ def train(args: argparse.Namespace, numerics: dict | None = None) -> None:
     recorded = bool(plan) and args.graph == "auto" and fast.can_record(model)
     compute = partial(optimiser_step, model, loss, flat, optimiser, args.clip)
     take_step = make_step(compute, loss, flat, optimiser, shape, args.accumulate, recorded)
-    loaded = f"loaded in {time.perf_counter() - started:.1f} s, peak {peak_memory(device):.2f} GiB"
+    seconds = time.perf_counter() - started
 
+    # ---- how far, from where; the truth before anything is trained
     forward_passes = count_batches(examples, shape, args.seed, args.epochs)
     total = min(math.ceil(forward_passes / args.accumulate), args.max_steps or 10**12)
     counts, metrics = (load_state(out / "state", flat, optimiser), load_metrics(out)) if earlier else (None, [])
@@ -208,7 +216,7 @@ def train(args: argparse.Namespace, numerics: dict | None = None) -> None:
     # batches() never ends: cut to what this run still has to do.
     stream = islice(batches(examples, shape, args.seed, start=done), max(0, forward_passes - done))
     first = next(batches(examples, shape, args.seed))[0]
-    print_setup(run, tokenizer, examples, first, loss, total, loaded, path + ", recorded" * recorded, reasons)
+    print_setup(run, tokenizer, examples, first, loss, total, seconds, path + ", recorded" * recorded, reasons)
     progress = Progress(total, device, args.log_every, counts, metrics)
 
     def check() -> bool:
@@ -219,18 +227,10 @@ def train(args: argparse.Namespace, numerics: dict | None = None) -> None:
         error, calibration = validate(run, chosen, tokenizer, tree) if chosen else (None, {})
         save(run, out, progress.counts, progress.metrics, calibration, error)
 
+    # ---- steps; then a last check and the checkpoint
     saved = loop(run, progress, take_step, stream, shape, check, store)
     if saved != progress.step:  # a resumed run that was complete already has nothing to add
-        if data.val:
-            if not progress.checks or progress.checks[-1][1] != progress.step:
-                check()
-            print(f"validation off by ${progress.checks[-1][0]:.2f} on {len(data.val)} items")
-        if args.keep == "last" or min(progress.checks)[1] == progress.step:
-            progress.stop_clock()
-            store()
-        else:
-            error, best = min(progress.checks)
-            print(f"kept       step {best}, off by ${error:.2f}: the best of {len(progress.checks)} checks")
+        finish(args, data, progress, check, store)
     (out / COMPLETE).touch()
     print(f"trained    {progress.step:,} steps in {progress.summary()}; checkpoint in {out}/")
 
