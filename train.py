@@ -216,7 +216,7 @@ def train(args: argparse.Namespace, numerics: dict | None = None) -> None:
     # batches() never ends: cut to what this run still has to do.
     stream = islice(batches(examples, shape, args.seed, start=done), max(0, forward_passes - done))
     first = next(batches(examples, shape, args.seed))[0]
-    print_setup(run, tokenizer, examples, first, loss, total, seconds, path + ", recorded" * recorded, reasons)
+    print_setup(run, tokenizer, examples, first, loss, total, seconds, path + ", one recorded CUDA graph a step" * recorded, reasons)
     progress = Progress(total, device, args.log_every, counts, metrics)
 
     def check() -> bool:

@@ -72,7 +72,7 @@ def install(
     layers = model.run_layers = FastLayers(model, PLAIN if missing else FUSED, not missing, flat, recompute)
     layers.keep(plan.keep, model.compute_dtype)
     what = "Triton kernels" if not missing else "plain PyTorch" if missing == "GPU" else f"plain PyTorch (no {missing})"
-    return f"fast/layers.py: merged linears, {what}; --readable runs llama/model.py and quant/linear.py line by line"
+    return f"fast/layers.py: merged linears, {what}"
 
 
 def can_record(model: Llama) -> bool:

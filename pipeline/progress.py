@@ -41,7 +41,8 @@ def print_setup(
         f"model      {args.model} ({run.directory}) on {model.device}, {args.bits} bits, "
         f"computing in {str(model.compute_dtype).removeprefix('torch.')}; {loaded}"
     )
-    print(f"path       {path}")
+    fast = not path.startswith("readable")
+    print(f"path       {path}" + "; --readable runs llama/model.py and quant/linear.py line by line" * fast)
     print(memory_report(model, run.price_head))
     for reason in reasons:
         print(f"memory     {reason}")
