@@ -13,7 +13,7 @@ from fast.offload import Recompute
 from fast.plan import Plan
 from llama.generate import prefill
 from lora.inject import inject, lora_layers
-from lora.optim import FlatParameter, make_optimiser
+from lora.optim import FlatParameter, initialise, make_optimiser
 from pipeline.prediction import tree_functions
 from pricing.data.batch import Shape, pack
 from pricing.data.prompt import Example
@@ -125,6 +125,24 @@ def test_a_step_without_a_finite_gradient_leaves_the_weights(tiny, optimiser):
     step.model.norm.weight.data.copy_(weight)
     run(step, [window])
     assert torch.isfinite(parameter).all() and not torch.equal(parameter, before)
+
+
+def test_an_idle_step_leaves_the_weights_and_counts_no_step(tiny):
+    """As while a graph is being recorded: it computes all, and moves nothing."""
+    from train import optimiser_step
+
+    step, parameter = make_step(tiny[1], shape_for(128, 6))
+    batch = pack(examples(5), step.shape)
+    arrays = batch.arrays() | step.loss.prepare(batch)
+    inputs = {k: v if isinstance(v, int) else torch.as_tensor(v).to(DEVICE) for k, v in arrays.items()}
+    scalars = {name: torch.tensor(value, device=DEVICE) for name, value in (("rate", 1e-2), ("weight", 1e-2))}
+    optimiser = make_optimiser("adamw", step.flat.parameter, 1e-2, 0.0)
+    state, before = initialise(optimiser, parameter), parameter.detach().clone()
+    for idle in (1.0, 0.0):
+        scalars["idle"] = torch.tensor(idle, device=DEVICE)
+        outcome = optimiser_step(step.model, step.loss, step.flat, optimiser, 1.0, [inputs], scalars)
+        assert outcome.isfinite().all() and outcome.min() > 0
+        assert torch.equal(parameter, before) == bool(idle) and state["step"] == 1 - idle
 
 
 def test_recomputation_keeps_less_for_backward(tiny):
