@@ -11,6 +11,7 @@ from test_families import FAMILIES, write_family
 from fast.install import install
 from fast.offload import Recompute
 from fast.plan import Plan
+from llama.attention import Layout
 from llama.generate import prefill
 from lora.inject import inject, lora_layers
 from lora.optim import FlatParameter, initialise, make_optimiser
@@ -82,6 +83,25 @@ def test_accumulating_equals_the_large_batch(tiny):
     np.testing.assert_allclose(a, b, rtol=1e-4)
     # Adam moves a number whose gradient is rounding noise by a whole rate: compare the whole vector, not each one.
     assert (moved - also).norm() < 1e-2 * moved.norm()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_window(tiny, fast):
+    """In nats a token, of batches of different sizes; and the gradient is that mean's."""
+    chosen = examples(9)
+    step, parameter = make_step(tiny[1], shape_for(128, 6), fast=fast, accumulate=2)
+    window = [pack(chosen[:6], step.shape), pack(chosen[6:], step.shape)]
+    logits, targets = [], []
+    for example in chosen:  # one by one, without packing
+        tokens = torch.tensor(example.prompt + example.answer, device=DEVICE)
+        layout = Layout.packed([len(tokens) - 1], DEVICE)
+        logits.append(step.model(tokens[:-1], layout)[-len(example.answer) :])
+        targets.append(tokens[-len(example.answer) :])
+    expected = torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(targets))
+    expected.backward()
+    gradient = parameter.grad.clone()
+    (loss, norm), *_ = run(step, [window], rate=0.0)
+    assert loss == pytest.approx(expected.item(), rel=1e-4) and norm == pytest.approx(gradient.norm().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("plan", [Plan(), Plan(keep=1), Plan(recompute=2), Plan(keep=2, recompute=1)])
