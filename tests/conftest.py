@@ -16,6 +16,7 @@ from pipeline.hub import resolve_model
 from pipeline.steps import make_step
 from quant.quantise import quantise_linear
 
+pytest_plugins = ["trained_run"]  # tests/pipeline/trained_run.py: a run that is trained once a session
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 LLAMA31_ROPE = {
     "rope_type": "llama3",

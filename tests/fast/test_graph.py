@@ -11,9 +11,10 @@ from test_families import FAMILIES, write_family
 from fast.install import install
 from fast.offload import Recompute
 from fast.plan import Plan
+from llama.attention import Layout
 from llama.generate import prefill
 from lora.inject import inject, lora_layers
-from lora.optim import FlatParameter, make_optimiser
+from lora.optim import FlatParameter, initialise, make_optimiser
 from pipeline.prediction import tree_functions
 from pricing.data.batch import Shape, pack
 from pricing.data.prompt import Example
@@ -84,6 +85,25 @@ def test_accumulating_equals_the_large_batch(tiny):
     assert (moved - also).norm() < 1e-2 * moved.norm()
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_window(tiny, fast):
+    """In nats a token, of batches of different sizes; and the gradient is that mean's."""
+    chosen = examples(9)
+    step, parameter = make_step(tiny[1], shape_for(128, 6), fast=fast, accumulate=2)
+    window = [pack(chosen[:6], step.shape), pack(chosen[6:], step.shape)]
+    logits, targets = [], []
+    for example in chosen:  # one by one, without packing
+        tokens = torch.tensor(example.prompt + example.answer, device=DEVICE)
+        layout = Layout.packed([len(tokens) - 1], DEVICE)
+        logits.append(step.model(tokens[:-1], layout)[-len(example.answer) :])
+        targets.append(tokens[-len(example.answer) :])
+    expected = torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(targets))
+    expected.backward()
+    gradient = parameter.grad.clone()
+    (loss, norm), *_ = run(step, [window], rate=0.0)
+    assert loss == pytest.approx(expected.item(), rel=1e-4) and norm == pytest.approx(gradient.norm().item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("plan", [Plan(), Plan(keep=1), Plan(recompute=2), Plan(keep=2, recompute=1)])
 def test_the_fast_path_learns_as_the_readable_one(tiny, plan):
     chosen, shape = examples(30), shape_for(128, 6)
@@ -125,6 +145,24 @@ def test_a_step_without_a_finite_gradient_leaves_the_weights(tiny, optimiser):
     step.model.norm.weight.data.copy_(weight)
     run(step, [window])
     assert torch.isfinite(parameter).all() and not torch.equal(parameter, before)
+
+
+def test_an_idle_step_leaves_the_weights_and_counts_no_step(tiny):
+    """As while a graph is being recorded: it computes all, and moves nothing."""
+    from train import optimiser_step
+
+    step, parameter = make_step(tiny[1], shape_for(128, 6))
+    batch = pack(examples(5), step.shape)
+    arrays = batch.arrays() | step.loss.prepare(batch)
+    inputs = {k: v if isinstance(v, int) else torch.as_tensor(v).to(DEVICE) for k, v in arrays.items()}
+    scalars = {name: torch.tensor(value, device=DEVICE) for name, value in (("rate", 1e-2), ("weight", 1e-2))}
+    optimiser = make_optimiser("adamw", step.flat.parameter, 1e-2, 0.0)
+    state, before = initialise(optimiser, parameter), parameter.detach().clone()
+    for idle in (1.0, 0.0):
+        scalars["idle"] = torch.tensor(idle, device=DEVICE)
+        outcome = optimiser_step(step.model, step.loss, step.flat, optimiser, 1.0, [inputs], scalars)
+        assert outcome.isfinite().all() and outcome.min() > 0
+        assert torch.equal(parameter, before) == bool(idle) and state["step"] == 1 - idle
 
 
 def test_recomputation_keeps_less_for_backward(tiny):

@@ -13,8 +13,8 @@ import json
 import pytest
 import torch
 from conftest import LLAMA31_ROPE, our_model, tiny_config
+from kernel_helpers import DEVICE, kernels
 from safetensors.torch import load_file, save_file
-from test_fused import DEVICE, kernels
 from torch.nn.functional import cross_entropy
 
 from fast.install import install

@@ -107,23 +107,6 @@ def test_a_shared_prefix_is_read_once_and_changes_nothing(tiny):
     close(extend(model, cache, tokens, parents, ALL)[0], grown[0])
 
 
-def test_the_last_block_goes_on_with_the_rows_asked_for(tiny):
-    """Dropping the others after its attention changes no number, forward or backward."""
-    model, layout = our_model(tiny[1]), Layout.packed([9, 4, 6])
-    at = torch.tensor([8, 11, 12, 18])
-    x = torch.randn(19, model.config.hidden_size)
-    results = []
-    for rows in (at, None):
-        model.embed_tokens.weight.data[:19] = x
-        model.embed_tokens.weight.requires_grad_().grad = None
-        states = model.hidden_states(torch.arange(19), layout, at=rows)
-        states = states if rows is not None else states[at]
-        states.square().sum().backward()
-        results.append((states.detach(), model.embed_tokens.weight.grad))
-    for some, whole in zip(*results, strict=True):
-        close(some, whole)
-
-
 def test_scaled_rope_against_transformers_at_real_sizes():
     from transformers import LlamaConfig as HFConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

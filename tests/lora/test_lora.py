@@ -59,6 +59,15 @@ def test_only_lora_learns_and_every_factor_does(tiny):
     assert {p.dtype for n, p in model.named_parameters() if p.requires_grad} == {torch.float32}
 
 
+def test_whatever_could_learn_before_is_frozen(tiny):
+    """Loaded weights are frozen already; here the embedding, the head and the norms are not."""
+    model = our_model(tiny[1], 4).requires_grad_(True)
+    assert any(p.requires_grad for p in model.parameters())
+    names = inject(model, rank=4, alpha=8, targets="q_proj")
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"{name}.{factor}" for name in names for factor in ("lora_A", "lora_B")}
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("targets", ["all-linear", "attention", "q_proj,down_proj"])
 def test_adapter_loads_in_peft_with_equal_logits(tiny, tmp_path, targets, rslora):

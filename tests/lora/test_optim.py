@@ -100,3 +100,26 @@ def test_eight_bits_are_bitsandbytes_own(name, kind):
 def test_an_unknown_optimiser_is_named():
     with pytest.raises(ValueError, match="unknown optimiser 'adam'; choose from adamw"):
         make_optimiser("adam", torch.nn.Parameter(torch.zeros(3)), 1e-3, 0.0)
+
+
+def test_the_order_of_the_vector(tiny):
+    """Of one parent all A, then all B, each in the order of the linears: what a saved state of the optimiser goes by,
+    and what lets the A of q, k and v be multiplied as one matrix."""
+    model = lora_model(tiny[1])
+    layers = lora_layers(model)
+    factors, names = FlatParameter(layers), {layer: name for name, layer in layers.items()}
+    order = [f"{names[layer]}.{factor}" for layer, factor in factors.order]
+    parents = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+    assert order == [
+        f"layers.{block}.{parent}.{name}.{factor}"
+        for block in range(2)
+        for parent, linears in parents.items()
+        for factor in ("lora_A", "lora_B")
+        for name in linears
+    ]
+    start = 0
+    for layer, factor in factors.order:  # and so do the numbers lie
+        values = getattr(layer, factor)
+        assert torch.equal(factors.parameter.data[start : start + values.numel()].view_as(values), values)
+        start += values.numel()
+    assert start == len(factors.parameter)

@@ -1,5 +1,6 @@
 """Parts of the scripts that need no run: options, rates, members, the mean of forecasts, the ablation."""
 
+import argparse
 import json
 import math
 import sys
@@ -13,7 +14,9 @@ from evaluate import blended
 from pipeline.options import peak_rate, training_options
 from pipeline.prediction import Prediction
 from pipeline.predictor import Predictor
-from train import learning_rate
+from pricing.data.batch import shape_of
+from pricing.data.prompt import Example
+from train import learning_rate, start_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,6 +30,28 @@ def test_the_rate_of_a_run():
     assert [learning_rate(p, 2.0, "linear", 0.2) for p in (0.0, 0.1, 0.2, 0.6, 1.0)] == [0, 1, 2, 1, 0]
     assert learning_rate(0.6, 2.0, "cosine", 0.2) == pytest.approx(1) and learning_rate(0.4, 2.0, "constant", 0.2) == 2
     assert learning_rate(0.4, 2.0, "cosine", 0.2) == pytest.approx(1 + math.sqrt(0.5))
+
+
+def test_each_step_is_taken_at_the_rate_of_its_middle():
+    """Ten steps with a warm-up of two: a quarter and three quarters of the peak, then down; no rate is 0. Two batches a
+    step, the last of which is short."""
+    args = argparse.Namespace(max_minutes=None, accumulate=2, lr=4.0, schedule="linear", warmup=0.2)
+    examples = [Example([1] * 5, [2, 3], 1.0)] * 3
+    shape, seen = shape_of(examples, 20), []
+
+    def take_step(window, rate):
+        seen.append((len(window), rate))
+        return lambda: None
+
+    progress = argparse.Namespace(step=0, total=10)
+    started = list(start_steps(args, take_step, iter([examples] * 19), shape, progress, 10))
+    rates = [1.0, 3.0, *(4 * (1 - (number - 0.5 - 2) / 8) for number in range(3, 11))]
+    assert [number for number, *_ in started] == list(range(1, 11))
+    assert [rate for _, rate, *_ in started] == pytest.approx(rates) == [rate for _, rate in seen]
+    assert [size for size, _ in seen] == [2] * 9 + [1] and [tokens for *_, tokens, _ in started] == [36] * 9 + [18]
+    progress.step = 4  # a resumed run, and a segment: from the fifth to the seventh
+    part = list(start_steps(args, take_step, iter([examples] * 19), shape, progress, 7))
+    assert [(number, rate) for number, rate, *_ in part] == [(n, pytest.approx(rates[n - 1])) for n in (5, 6, 7)]
 
 
 def test_three_predictions_count_alike(monkeypatch):
