@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer_json, hugging_face_model, tiny_config
-from trained_run import metrics_of, priced_items, run
+from trained_run import guesses, metrics_of, priced_items, run
 
 from evaluate import BLEND
 from pipeline.checkpoint import read_calibration
@@ -39,7 +39,8 @@ def test_the_error_falls_far_below_the_constants(place):
 
 def test_evaluating_twice_gives_the_same_numbers(place):
     first, rows = metrics_of(place), (place / "out" / "report" / "predictions.csv").read_text()
-    run("evaluate.py", "--ckpt", place / "out", "--quiet", "--no-untuned", "--batch-tokens", "700")
+    again = "evaluate.py", "--ckpt", place / "out", "--quiet", "--no-untuned"
+    run(*again)
     second = metrics_of(place)
     assert (place / "out" / "report" / "predictions.csv").read_text() == rows
     errors, titles = zip(*((float(r["error"]), r["title"]) for r in csv.DictReader(io.StringIO(rows))), strict=True)
@@ -49,7 +50,14 @@ def test_evaluating_twice_gives_the_same_numbers(place):
     assert second["constant_mae"] == pytest.approx(np.mean([abs(item.price - constant) for item in test]))
     assert second["leaks"]["share"] == len(leaks([i.text for i in train], [i.text for i in test])) / len(test) < 0.5
     for key in ("mae", "rmsle", "coverage", "width", "hits", "ratio", "bias", "r2"):
-        assert second[key] == pytest.approx(first[key], rel=1e-5), key  # batches of other sizes, in float32
+        assert second[key] == first[key], key
+    # In batches of other sizes sums are added in another order: in bfloat16 some prices move by some cents.
+    before = guesses(place / "out")
+    run(*again, "--batch-tokens", "700")
+    np.testing.assert_allclose(guesses(place / "out"), before, rtol=5e-3)
+    third = metrics_of(place)
+    for key in ("mae", "rmsle", "width", "ratio", "r2"):
+        assert third[key] == pytest.approx(first[key], rel=5e-3), key
 
 
 def test_all_baselines_stand_beside_the_model_and_two_reports_are_compared(place, tmp_path):
@@ -94,13 +102,14 @@ def test_training_and_pricing_see_the_same_validation_items_alike(place, tmp_pat
     validation = json.loads((tmp_path / "out" / "run.json").read_text())["validation"]
     priced = json.loads((tmp_path / "out" / "report_val" / "metrics.json").read_text())
     assert validation["items"] == priced["n"] == 30
-    assert validation["mae_dollars"] == pytest.approx(priced["mae"], rel=1e-5)
+    # In batches of other sizes, in bfloat16 here and there.
+    assert validation["mae_dollars"] == pytest.approx(priced["mae"], rel=1e-3)
     cpu = torch.device("cpu")
     calibration, opened = read_calibration(tmp_path / "out"), Predictor(tmp_path / "out", cpu, pick_dtype("auto", cpu))
     assert (opened.model.head_scale is not None) == ("head8" in plan)
     items = [item for item in run_items(opened.record) if item.split == "val" and int(item.title.split()[1]) % 2]
     found = opened.predict(opened.prompts(sample(items, 1000)))
-    np.testing.assert_allclose(found.digits, calibration["digits"], atol=1e-4)
+    np.testing.assert_allclose(found.digits, calibration["digits"], rtol=0, atol=2e-3)  # log dollars
     found, truth = opened.predict(opened.prompts(items)), np.array([item.price for item in items])
     low, high, _ = cross_calibrated_range(found.quantiles("blend"), found.median(), 0.8, truth)
     with open(tmp_path / "out" / "report_val" / "predictions.csv", newline="") as file:
