@@ -31,9 +31,9 @@ from llama.model import Llama
 from lora.adapter import load_adapter
 from lora.inject import inject, lora_layers
 from lora.optim import FlatParameter, capturable, make_optimiser
-from pipeline.checkpoint import COMPLETE, TrainingRun, check_replaceable, load_metrics, load_state, read_run, save
+from pipeline.checkpoint import COMPLETE, TrainingRun, check_start, load_metrics, load_state, read_run, save
 from pipeline.data import load_training_data
-from pipeline.models import READABLE, fast, load_base, open_base, pick_device, pick_dtype, plan_memory
+from pipeline.models import READABLE, fast, load_base, open_base, peak_memory, pick_device, pick_dtype, plan_memory
 from pipeline.prediction import start_price_head, validate
 from pipeline.predictor import MOST_CALIBRATION
 from pipeline.progress import Progress, one_behind, print_setup
@@ -137,7 +137,7 @@ def loop(run: TrainingRun, progress: Progress, take_step, stream, shape, check, 
     while progress.step < total:
         ends = [total] + [progress.step + n - progress.step % n for n in (val_every, args.save_every) if n]
         end = min(ends)
-        # A step is started before the one ahead of it is read, so that a GPU never waits.
+        # A recorded step is queued before the one ahead of it is read, so that the GPU never waits.
         for number, rate, tokens, read in one_behind(start_steps(args, take_step, stream, shape, progress, end)):
             progress.report(number, rate, tokens, *read())
         if progress.step < end or end == total:  # the minutes have run out, or all is done
@@ -177,7 +177,8 @@ def train(args: argparse.Namespace, numerics: dict | None = None) -> None:
     out, device, earlier = Path(args.out), pick_device(args.device), read_run(args.out) if args.resume else None
     if earlier and (out / COMPLETE).is_file():
         return print(f"trained    {earlier['steps']:,} steps: {out}/ is complete")
-    check_replaceable(out, earlier)
+    if not args.explain_memory:
+        check_start(out, earlier)
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
 
@@ -188,6 +189,7 @@ def train(args: argparse.Namespace, numerics: dict | None = None) -> None:
     args.lr = args.lr or peak_rate(config.hidden_size)
     examples = data.encode(data.train, tokenizer, args)
     shape, tree = shape_of(examples, args.batch_tokens), PriceTree.build(tokenizer.encode_answer)
+    answer = AnswerLoss(args.loss, tree, args.soft_width, device)
     if shape.longest > (known := config.max_position_embeddings):
         raise ValueError(f"{args.model} knows {known:,} positions, an item has {shape.longest:,}; lower --max-tokens")
 
@@ -197,16 +199,15 @@ def train(args: argparse.Namespace, numerics: dict | None = None) -> None:
     numerics = plan.numerics if plan else numerics or {"optimiser": args.optimiser, "head8": False}
     on_host = bool(plan and plan.host_embed)
     model, price_head = prepare_model(args, config, directory, device, dtype, examples, numerics, on_host)
-    loss = AnswerLoss(args.loss, tree, args.soft_width, device)
-    loss = JointLoss(loss, price_head, args.head_weight, shape.items) if price_head else loss
+    loss = JointLoss(answer, price_head, args.head_weight, shape.items) if price_head else answer
     flat = FlatParameter(lora_layers(model), list(price_head.parameters()) if price_head else [])
     optimiser = make_optimiser(numerics["optimiser"], flat.parameter, args.lr, args.weight_decay)
     path = fast.install(model, plan, flat, shape.tokens) if plan else READABLE
     run = TrainingRun(args, directory, data, model, price_head, flat, optimiser, numerics)
+    loaded = f"loaded in {time.perf_counter() - started:.1f} s, peak {peak_memory(device):.2f} GiB"
     recorded = bool(plan) and args.graph == "auto" and fast.can_record(model)
     compute = partial(optimiser_step, model, loss, flat, optimiser, args.clip)
     take_step = make_step(compute, loss, flat, optimiser, shape, args.accumulate, recorded)
-    seconds = time.perf_counter() - started
 
     # ---- how far, from where; the truth before anything is trained
     forward_passes = count_batches(examples, shape, args.seed, args.epochs)
@@ -216,7 +217,7 @@ def train(args: argparse.Namespace, numerics: dict | None = None) -> None:
     # batches() never ends: cut to what this run still has to do.
     stream = islice(batches(examples, shape, args.seed, start=done), max(0, forward_passes - done))
     first = next(batches(examples, shape, args.seed))[0]
-    print_setup(run, tokenizer, examples, first, loss, total, seconds, path + ", one recorded CUDA graph a step" * recorded, reasons)
+    print_setup(run, tokenizer, examples, first, loss, total, loaded, path + ", one recorded CUDA graph a step" * recorded, reasons)
     progress = Progress(total, device, args.log_every, counts, metrics)
 
     def check() -> bool:

@@ -1,4 +1,4 @@
-"""What all commands share: a parser whose help shows the examples, and errors that are one line.
+"""What the commands share: a parser whose help shows the examples, and errors that are one line.
 
     def main() -> None:
         parser = make_parser(__doc__)

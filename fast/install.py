@@ -18,10 +18,10 @@ from quant.linear import FrozenLinear
 
 try:
     import triton
-
+except ImportError:  # as on a CPU
+    triton = None
+if triton is not None:
     from fast.norm_glu import FUSED
-except ImportError:  # no Triton, as on a CPU
-    triton = FUSED = None
 
 
 def kernels_missing() -> str | None:
@@ -38,11 +38,16 @@ def plan_training(
 ) -> tuple[Plan, list[str]]:  # fmt: skip
     """The fastest plan for a budget such as "6GiB", or for what is free on the device, and the reasons, a line each.
 
-    `tokens` in a batch, `answers` supervised at most; `options` are fast.plan.Estimate's. `explain` adds its terms.
+    `tokens` in a batch, `answers` supervised at most; `options` are fast.plan.Estimate's. `explain` prints its terms.
     """
     estimate = Estimate(config, tokens, answers, **options)
+    if explain:
+        whole = Plan(**numerics or {"optimiser": optimiser})
+        print(f"with nothing saved and nothing kept, at the peak:\n{estimate.explain(whole)}")
     plan, reasons = choose(estimate, budget_bytes(budget, device), optimiser, device.type == "cuda", numerics)
-    return plan, reasons + (["estimated at the peak:\n" + estimate.explain(plan)] if explain else [])
+    if explain:
+        print(f"as planned, at the peak:\n{estimate.explain(plan)}")
+    return plan, reasons
 
 
 def plan_pricing(model: Llama, bits: int) -> Plan:

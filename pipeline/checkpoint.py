@@ -23,21 +23,21 @@ from safetensors.torch import load_file, save_file
 
 from common.files import check_writable, whole_file, write_directory
 from llama.model import Llama
-from lora.adapter import save_adapter
+from lora.adapter import WEIGHTS, save_adapter
 from lora.optim import FlatParameter, initialise
 from pipeline.data import TrainingData
 from pipeline.hub import published_name
 from pipeline.models import peak_memory
+from pipeline.options import LOSSES
 from pricing.data.neighbours import INDEX
 from pricing.distribution.intervals import LEVELS
 from pricing.distribution.quantile_head import PriceHead, save_head
+from quant.quantise import BITS
 
-BITS = (4, 8, 16)
 COMPLETE = "state/complete"  # a file in a checkpoint whose run has come to its end
 CALIBRATION = "validation.safetensors"  # a run's own predictions of its validation items
 # What a run of before an option did, which its run.json does not say.
 OLDER = {"head": "none", "members": 1, "neighbours": 0, "train_items": None, "outlier_threshold": 6.0}
-ADAPTER = "adapter_model.safetensors"
 
 
 @dataclass
@@ -76,9 +76,11 @@ def read_run(ckpt: str | Path) -> dict:
         raise ValueError(f"{path} is damaged or of another version: {error!r}") from None
 
 
-def check_replaceable(out: Path, earlier: dict | None) -> None:
-    """Raises ValueError or OSError now, not after hours of training, where `save` could not write `out`, or would
-    replace what is no earlier run of train.py."""
+def check_start(out: Path, earlier: dict | None) -> None:
+    """Raises ValueError or OSError now, not after hours of training, where `save` could not write `out` or would
+    replace what is no earlier run of train.py, and where `earlier` (run.json) was started with a loss that is gone."""
+    if earlier and (loss := earlier["options"].get("loss", "answer")) not in LOSSES:
+        raise ValueError(f"{out} was started with --loss {loss}, which is gone: train again with {', '.join(LOSSES)}")
     if not earlier and out.exists() and not (out / "run.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists and is no earlier run of train.py; choose another name")
     check_writable(out)
@@ -102,7 +104,7 @@ def member_paths(ckpt: str | Path, options: dict) -> list[Path]:
 
 def adapter_digest(ckpt: str | Path) -> str:
     """sha256 of the adapter's weights, by which a price head knows what it was trained beside"""
-    return hashlib.sha256((Path(ckpt) / ADAPTER).read_bytes()).hexdigest()
+    return hashlib.sha256((Path(ckpt) / WEIGHTS).read_bytes()).hexdigest()
 
 
 def save(

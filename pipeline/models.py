@@ -26,8 +26,10 @@ from quant.quantise import quantise_linear
 
 try:
     from fast import install as fast
-except ImportError:  # the folder has been deleted: the readable path trains and prices
-    fast = None
+except ImportError as error:
+    if error.name != "fast":  # it is there, but broken
+        raise
+    fast = None  # the folder has been deleted: the readable path trains and prices
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 READABLE = "readable: llama/model.py and quant/linear.py, line by line"
@@ -70,6 +72,8 @@ def open_base(model_name: str) -> tuple[LlamaConfig, Tokenizer, Path]:
 
 def plan_memory(args, config: LlamaConfig, shape: Shape, device, dtype, numerics: dict | None) -> tuple:
     """The fast path's plan for --memory-budget, or None for the readable path; and its reasons, a line each."""
+    if not fast and (args.memory_budget or args.explain_memory):
+        raise ValueError("--memory-budget and --explain-memory plan the fast path, and the folder fast/ is not there")
     if not fast or args.readable or args.dropout:
         return None, []
     plan, reasons = fast.plan_training(
@@ -80,7 +84,6 @@ def plan_memory(args, config: LlamaConfig, shape: Shape, device, dtype, numerics
         explain=args.explain_memory,
     )  # fmt: skip
     if args.explain_memory:
-        print("\n".join(reasons))
         sys.exit()
     return plan, reasons
 

@@ -85,7 +85,9 @@ class Predictor:
         model = load_base(config, directory, device, dtype, argparse.Namespace(**options), head8)
         load_adapter(model, self.paths[0])
         if fast:
-            fast.install(model, fast.plan_pricing(model, options["bits"]))
+            path = fast.install(model, fast.plan_pricing(model, options["bits"]))
+            if "(no " in path:
+                print(f"{path}: pricing is slower without it", file=sys.stderr)
         return model.eval(), tokenizer
 
     def decoding(self, asked: str | None) -> str:

@@ -30,13 +30,12 @@ def one_behind(started: Iterator[T]) -> Iterator[T]:
 
 
 def print_setup(
-    run: TrainingRun, tokenizer, examples: list[Example], first: Example, loss, total: int, seconds: float, path: str,
+    run: TrainingRun, tokenizer, examples: list[Example], first: Example, loss, total: int, loaded: str, path: str,
     reasons: list[str],
 ) -> None:  # fmt: skip
     """The truth, before anything is trained: which path runs, what lies where in memory, and the first item as it is
     learnt."""
     args, model = run.args, run.model
-    loaded = f"loaded in {seconds:.1f} s, peak {peak_memory(model.device):.2f} GiB"
     print(
         f"model      {args.model} ({run.directory}) on {model.device}, {args.bits} bits, "
         f"computing in {str(model.compute_dtype).removeprefix('torch.')}; {loaded}"

@@ -23,7 +23,7 @@ PACKAGES = {  # package -> the others of ours that it may import
     "pipeline": {"common", "llama", "quant", "lora", "fast", "pricing"},
 }
 SCRIPTS = ("train", "evaluate", "predict")
-# Read in an afternoon: the network, the quantised linear, LoRA. Tables, files formats and speed are elsewhere.
+# Read in an afternoon: the network, the quantised linear, LoRA. Tables, file formats and speed are elsewhere.
 READING_CORE = [
     "llama/config.py", "llama/model.py", "llama/attention.py", "llama/rope.py", "llama/logits.py", "llama/weights.py",
     "llama/cache.py", "llama/generate.py", "quant/nf4.py", "quant/linear.py", "quant/quantise.py", "lora/layer.py",
@@ -157,3 +157,18 @@ def test_without_the_fast_package_all_still_trains_and_prices(tmp_path, tiny_dir
     for row, fast_row in zip(prices, fast_prices, strict=True):
         assert row[0] == fast_row[0]
         assert [float(p) for p in row[1:]] == pytest.approx([float(p) for p in fast_row[1:]], abs=1)
+
+
+def test_a_fast_package_that_is_broken_is_not_taken_for_a_deleted_one():
+    """Else a bad edit, or a PyTorch that it does not fit, would cost the speed in silence."""
+    broken = "import sys; sys.modules['fast.layers'] = None; import pipeline.models"
+    done = subprocess.run([sys.executable, "-c", broken], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "fast.layers" in done.stderr
+
+
+def test_a_memory_budget_without_the_fast_package_is_refused(tmp_path, tiny_directory):
+    blocked = "import runpy, sys; sys.path.insert(0, ''); sys.modules['fast'] = None; sys.argv = sys.argv[1:]; "
+    blocked += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    arguments = ["train.py", "--model", str(tiny_directory), "--explain-memory", "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", blocked, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "the folder fast/ is not there" in done.stderr and not (tmp_path / "out").exists()

@@ -41,7 +41,7 @@ def test_norm_of_heads_that_are_no_residual(dtype):
 
 
 @kernels
-@pytest.mark.parametrize("name, inputs", [("add_norm", 1), ("add_norm", 2), ("glu", 1)])
+@pytest.mark.parametrize("name, inputs", [("add_norm", 1), ("add_norm", 2), ("silu", 1), ("gelu", 1)])
 def test_rows_with_gaps_between_them(name, inputs):
     """What the pieces read may be a slice, as a lone kv head's keys are one of q, k, v."""
     from fast.norm_glu import FUSED
@@ -55,7 +55,7 @@ def test_rows_with_gaps_between_them(name, inputs):
             extra = [None] * (2 - inputs) + [torch.rand(32, device=DEVICE), 1e-5, torch.float32]
             out = pieces.add_norm(*given, *extra)[1]
         else:
-            out = getattr(pieces, name)(*given, True)
+            out = pieces.glu(*given, name == "gelu")
         out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE))
         results.append([out, *(x.grad for x in wide)])
     for plain, fused in zip(*results, strict=True):

@@ -422,7 +422,7 @@ def test_adapters_of_another_layout_are_refused(tmp_path):
 
 
 def test_training_moves_every_factor_of_every_family(family):
-    """Through the groups, in 4 bits: a factor without gradient would be a layer outside of the graph."""
+    """Through merged linears, in 4 bits: a factor without gradient would be a layer outside of the graph."""
     name, hf, directory = family
     model, given = trained(directory, bits=4), sequences()
     install(model)

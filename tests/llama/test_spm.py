@@ -1,4 +1,5 @@
-"""llama/spm.py: vocabularies of characters that fall back to bytes, against `tokenizers` and Google's `sentencepiece`.
+"""llama/tokenizer/spm.py: vocabularies of characters that fall back to bytes, against `tokenizers` and
+Google's `sentencepiece`.
 
     python -m pytest tests/llama/test_spm.py
 

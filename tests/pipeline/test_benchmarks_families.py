@@ -1,6 +1,6 @@
 """The families' benchmark: real shapes against transformers, tiny ones written, loaded and trained.
 
-python -m pytest tests/test_benchmarks_families.py
+python -m pytest tests/pipeline/test_benchmarks_families.py
 """
 
 import argparse

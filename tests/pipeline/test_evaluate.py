@@ -8,6 +8,7 @@ The first tests read the report that the fixture `place` has written; those behi
 import csv
 import io
 import json
+import os
 import shutil
 
 import numpy as np
@@ -53,10 +54,11 @@ def test_evaluating_twice_gives_the_same_numbers(place):
     # In batches of other sizes sums are added in another order: in bfloat16 some prices move by some cents.
     before = guesses(place / "out")
     run(*again, "--batch-tokens", "700")
-    np.testing.assert_allclose(guesses(place / "out"), before, rtol=5e-3)
+    room = 1e-5 if os.environ["QLORA_DTYPE"] == "fp32" else 5e-3
+    np.testing.assert_allclose(guesses(place / "out"), before, rtol=room, atol=0.011)  # written in cents
     third = metrics_of(place)
     for key in ("mae", "rmsle", "width", "ratio", "r2"):
-        assert third[key] == pytest.approx(first[key], rel=5e-3), key
+        assert third[key] == pytest.approx(first[key], rel=room), key
 
 
 def test_all_baselines_stand_beside_the_model_and_two_reports_are_compared(place, tmp_path):

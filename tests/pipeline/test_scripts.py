@@ -1,4 +1,4 @@
-"""Parts of the scripts that need no run: options, rates, members, the mean of forecasts, the ablation."""
+"""Parts of the scripts that need no run: options, rates, members, the mean of predictions, the ablation."""
 
 import argparse
 import json
@@ -73,13 +73,13 @@ def test_three_predictions_count_alike(monkeypatch):
     np.testing.assert_allclose(seen, [[[3, 3]]])
 
 
-def test_further_members_take_over_what_the_first_ones_plan_settled(monkeypatch):
-    seen, settled = [], {"optimiser": "sgd", "head8": True}
+def test_further_members_take_over_the_numerics_of_the_first(monkeypatch):
+    seen, numerics = [], {"optimiser": "sgd", "head8": True}
     monkeypatch.setattr(sys, "argv", ["train.py", "--members", "3", "--out", "o"])
     monkeypatch.setattr("train.train", lambda args, plan=None: seen.append((args.out, args.seed, plan)))
-    monkeypatch.setattr("train.read_run", lambda ckpt: {"plan": settled})
+    monkeypatch.setattr("train.read_run", lambda ckpt: {"plan": numerics})
     train.main(training_options())
-    assert seen == [("o", 0, None), ("o/members/1", 1, settled), ("o/members/2", 2, settled)]
+    assert seen == [("o", 0, None), ("o/members/1", 1, numerics), ("o/members/2", 2, numerics)]
 
 
 @pytest.mark.parametrize("warmup", ["-0.1", "1", "1.5", "nan"])

@@ -218,3 +218,16 @@ def test_the_best_check_is_kept_and_its_ranges_are_calibrated(place, tmp_path):
     metrics = metrics_of(place, "best")
     assert metrics["calibrated"] and metrics["share"] == 0.9 and metrics["coverage"] > 0.75
     assert 0 <= metrics["leaks"]["share"] <= 1
+
+
+def test_a_run_with_a_loss_that_is_gone_is_not_gone_on_with(place, tmp_path):
+    """Before anything is loaded; it can still be priced."""
+    shutil.copytree(place / "out", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    record["options"] |= {"loss": "crps", "crps_weight": 1.0}
+    (tmp_path / "out" / "run.json").write_text(json.dumps(record))
+    (tmp_path / "out" / "state" / "complete").unlink()
+    _, err = run("train.py", "--resume", "--out", tmp_path / "out", code=2)
+    assert "was started with --loss crps, which is gone: train again with answer, price, soft" in err
+    out, _ = run("predict.py", "--ckpt", tmp_path / "out", "gold ring")
+    assert out.startswith("$")
