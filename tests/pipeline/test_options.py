@@ -55,8 +55,8 @@ def test_explain_memory_prints_a_table_and_trains_nothing(tiny_directory, tmp_pa
         train.main(training_options([*command, "--explain-memory", "--batch-tokens", "512"]))
     assert not ended.value.code  # 0: nothing went wrong
     printed = capsys.readouterr().out
-    assert "estimated at the peak:" in printed and "trained  " not in printed and "now run" not in printed
-    table = printed.split("estimated at the peak:\n")[1].splitlines()
+    assert "as planned, at the peak:" in printed and "trained  " not in printed and "now run" not in printed
+    table = printed.split("as planned, at the peak:\n")[1].splitlines()
     rows = [re.fullmatch(r"  (.+?) +(\d+\.\d{3}) GiB", line) for line in table]
     assert all(rows) and len(rows) > 5 and rows[-1][1] == "total"
     sizes = [float(row[2]) for row in rows]
