@@ -29,6 +29,7 @@ import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
+from common.files import write_directory
 from pricing.curation.duplicates import bands_for
 from pricing.curation.raw import Block, Options, category_of, sifted, start_worker
 from pricing.curation.rules import BAD
@@ -48,17 +49,20 @@ def identity(path: Path, options: Options) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def keep_input(
-    path: Path, out: Path, blocks: Iterator[Block], near: float, strict: bool, advance: Callable[[int], None]
+def keep_input(path: Path, out: Path, *rest) -> None:
+    """Write the candidates of one input into the directory `out`, whole or not at all; `rest` as for `fill`."""
+    with write_directory(out) as part:
+        fill(path, part, *rest)
+
+
+def fill(
+    path: Path, part: Path, blocks: Iterator[Block], near: float, strict: bool, advance: Callable[[int], None]
 ) -> None:
-    """Write the candidates of one input into the directory `out`, whole or not at all; `advance(records)` after each
-    block, for a progress bar.
+    """Write the candidates of one input into the directory `part`; `advance(records)` after each block, for a progress
+    bar.
 
     Raises ValueError for an input without a readable record and, if `strict`, for the first broken record (BAD).
     """
-    part = out.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
     total, rows, end, stem = Block(), [], 0, path.name.split(".")[0]
     columns = 2 + (bands_for(near)[0] if near else 0)
     with ExitStack() as stack, pyarrow.parquet.ParquetWriter(part / "rows.parquet", SCHEMA) as table:
@@ -91,10 +95,6 @@ def keep_input(
         raise ValueError(f"{path} has no readable records ({reasons}): is it raw_meta_* of Amazon-Reviews-2023?")
     summary = {"file": path.name, "records": total.records, "counts": total.counts, "first": total.first}
     (part / "summary.json").write_text(json.dumps(summary) + "\n")
-    for file in part.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    os.rename(part, out)
 
 
 def check_sound(path: Path, first: dict[str, int]) -> None:

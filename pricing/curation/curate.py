@@ -34,6 +34,7 @@ import pyarrow
 import pyarrow.parquet
 from filelock import FileLock, Timeout
 
+from common.files import whole_file
 from pricing.curation.candidates import SCHEMA, Candidates, read_inputs
 from pricing.curation.duplicates import bands_for, check_threshold, drop_exact, drop_near
 from pricing.curation.raw import Options, check_input
@@ -42,7 +43,7 @@ from pricing.curation.selection import EXACT, LEFT_OUT, NEAR, SPLITS, TRAIN, dra
 
 
 def write_items(candidates: Candidates, fate: np.ndarray, path: Path) -> None:
-    """Write the items with their split to `path`, in the order of the inputs, a few thousand at a time, and sync it."""
+    """Write the items with their split to `path`, in the order of the inputs, a few thousand at a time."""
     schema = SCHEMA.append(pyarrow.field("split", pyarrow.string()))
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         for start, batch in candidates.batches(SCHEMA.names):
@@ -52,8 +53,6 @@ def write_items(candidates: Candidates, fate: np.ndarray, path: Path) -> None:
             column = pyarrow.array([SPLITS[f] for f in fates[here].tolist()], pyarrow.string())
             if len(here):
                 writer.write_table(table.append_column(schema.field("split"), column))
-    with open(path, "rb") as handle:
-        os.fsync(handle.fileno())
 
 
 def check(inputs: list[Path], out: Path, near: float, workers: int) -> None:
@@ -122,11 +121,10 @@ def curate(
                 leaking = find_leaks(candidates, fate, near or 0.8, leaks == "remove")
                 lap("leaks")
                 report = summary(candidates, fate, leaking)
-                write_items(candidates, fate, work / "items")
+                with whole_file(out) as items, whole_file(out.with_suffix(".json")) as described:
+                    write_items(candidates, fate, items)
+                    described.write_text(json.dumps(report, indent=2) + "\n")
                 lap("write")
-            (work / "report").write_text(json.dumps(report, indent=2) + "\n")
-            os.replace(work / "report", out.with_suffix(".json"))
-            os.replace(work / "items", out)
             shutil.rmtree(work)
     except Timeout:
         raise ValueError(f"another run is writing {out}; wait for it, or choose another name") from None
