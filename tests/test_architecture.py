@@ -6,6 +6,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -172,3 +173,14 @@ def test_a_memory_budget_without_the_fast_package_is_refused(tmp_path, tiny_dire
     arguments = ["train.py", "--model", str(tiny_directory), "--explain-memory", "--out", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", blocked, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "the folder fast/ is not there" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_the_readme_counts_lines_rightly_and_names_files_that_there_are():
+    text = (ROOT / "README.md").read_text()
+    counted = re.findall(r"`([\w/]+\.py)` \((\d+) lines\)", text)
+    assert len(counted) >= 7 and text.count("\n") <= 130
+    for file, lines in counted:
+        assert (ROOT / file).read_text().count("\n") == int(lines), file
+    packages = "|".join(PACKAGES)
+    listed = re.findall(rf"`((?:{packages})/[\w/]+\.py)`", (ROOT / "docs/reading.md").read_text())
+    assert listed and all((ROOT / file).is_file() for file in listed)
