@@ -1,4 +1,4 @@
-"""Every family at its real size: bytes computed and measured, and the training step, as the README's table.
+"""Every family at its real size: bytes computed and measured, and the training step, as the table of docs/speed.md.
 
     python -m benchmarks.families --json families.json                   7 models, 4, 8 and 16 bits, on a GPU
     python -m benchmarks.families --computed                             bytes by formula: no GPU, nothing is written
