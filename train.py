@@ -52,7 +52,8 @@ def training_step(model: Llama, loss: Callable, inputs: dict[str, Tensor | int],
 
     `inputs`: tokens, positions (N,) and where each sequence begins (pricing/data/batch.py); `at` (M,), the positions
     that predict a token of an answer; what the loss needs. `weight` is 1 / supervised tokens of the whole window: a sum
-    in nats times one weight, since a mean of means would weigh short batches more. Returns the loss, () nats a token.
+    in nats times one weight, since a mean of means would weigh short batches more. Returns the loss, (): nats a
+    supervised token, the weighted price head's included where there is one.
     """
     layout = Layout(inputs["positions"], inputs["rows"], inputs["longest"], inputs["slots"], edges=inputs["edges"])
     states = model.hidden_states(inputs["tokens"], layout, at=inputs["at"])  # (N,) -> (M, C)
@@ -66,7 +67,7 @@ def optimiser_step(model, loss, flat: FlatParameter, optimiser, clip: float, win
     """All that a step does on the device: each batch of the window, clipping by the gradient's norm, the update.
 
     Run as it is, or recorded and replayed (fast/graph.py). `scalars`: rate, weight, and idle, 1 to leave the weights
-    alone. Returns (2,): the loss in nats a supervised token, and the gradient's norm before it is clipped.
+    alone. Returns (2,): the window's loss, as `training_step` has it, and the gradient's norm before it is clipped.
     """
     gradient = flat.parameter.grad
     gradient.zero_()
@@ -217,7 +218,8 @@ def train(args: argparse.Namespace, numerics: dict | None = None) -> None:
     # batches() never ends: cut to what this run still has to do.
     stream = islice(batches(examples, shape, args.seed, start=done), max(0, forward_passes - done))
     first = next(batches(examples, shape, args.seed))[0]
-    print_setup(run, tokenizer, examples, first, loss, total, loaded, path + ", one recorded CUDA graph a step" * recorded, reasons)
+    path += ", one recorded CUDA graph a step" * recorded
+    print_setup(run, tokenizer, examples, first, loss, total, loaded, path, reasons)
     progress = Progress(total, device, args.log_every, counts, metrics)
 
     def check() -> bool:

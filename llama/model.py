@@ -5,7 +5,7 @@ Qwen2, Qwen3, Gemma 2, Gemma 3 and Phi-3 are rows of switches in llama/families.
     python -m pytest tests/llama/test_families.py    # the same for each family, and each switch turned off
 
 Shapes, here and everywhere: B batch, T tokens, N packed tokens, C hidden, H heads, K kv heads, D head_dim, V
-vocabulary, R rank, O out, I in; M positions asked for.
+vocabulary, R rank, O out, I in; F inside of the MLP, M positions asked for.
 
 Names are Hugging Face's, so that loading is "strip `model.`". In Meta's own code the same are called:
 
@@ -126,7 +126,8 @@ def run_layers(model: "Llama", x: Tensor, layout: Layout, cache=None, at: Tensor
 
 
 class Llama(nn.Module):
-    """The whole network. Build it under `torch.device("meta")` and fill it with `llama.weights.load_weights`.
+    """The whole network. Build it under `torch.device("meta")` and fill it with `llama.weights.load_weights`: the
+    blocks' `nn.Linear` are shapes only, which it replaces by quantised linears (quant.quantise.quantise_linear).
 
     `run_layers` is the one door for another way through the same layers: fast/install.py puts fast/layers.py there.
     """

@@ -108,7 +108,8 @@ def merge(ckpt: Path, base: Path, out: Path) -> int:
 def main() -> None:
     parser = make_parser(__doc__, prog="python -m lora.merge")
     parser.add_argument("--ckpt", type=Path, default=Path("out"), help="the directory that train.py wrote")
-    parser.add_argument("--base", type=Path, required=True, help="directory of the base model (train.py prints it)")
+    where = "directory of the base model (train.py prints it in brackets, on the line `model`)"
+    parser.add_argument("--base", type=Path, required=True, help=where)
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must not exist")
     args = parser.parse_args()
     print(f"merged {merge(args.ckpt, args.base, args.out)} matrices into {args.out}")

@@ -9,7 +9,7 @@ What is stored.   W (O, I) lies in memory as NF4 (quant/nf4.py): half a byte a w
                   LoRA factors (lora/layer.py), float32, and the only things that learn.
 
 What is computed. No arithmetic happens in 4 bits. Each time the layer runs, W is dequantised into a scratch matrix
-                  in the dtype of x (bfloat16), multiplied, and dropped:
+                  in the dtype of x (bfloat16 or float32), multiplied, and dropped:
 
                       W = dequantise(packed)                        (O, I)
                       y = x W^T + b                                 (N, O)   the frozen model

@@ -132,7 +132,8 @@ def test_without_the_fast_package_all_still_trains_and_prices(tmp_path, tiny_dir
     """Three steps and five prices with `fast` blocked, against the fast path: the same numbers up to rounding."""
     rows = [{"title": f"tin {n}", "price": 5 + n % 40, "description": "ring " * (n % 7)} for n in range(90)]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = ["--model", tiny_directory, "--data", tmp_path / "items.jsonl", "--max-steps", "3", "--batch-tokens", "512"]
+    options = ["--model", tiny_directory, "--data", tmp_path / "items.jsonl", "--max-steps", "3"]
+    options += ["--batch-tokens", "512"]
     options += ["--lr", "1e-3", "--dtype", "fp32", "--val-items", "0", "--max-tokens", "120"]
     (tmp_path / "texts.txt").write_text("\n".join(f"tin ring number {n}" for n in range(5)))
     results = []

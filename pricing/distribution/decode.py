@@ -18,7 +18,8 @@ than about the probability of the nodes that were not opened, as a share of that
 The guess is chosen for the error that is measured (Lukasik et al. 2024, arXiv 2403.04182): the median has the least
 expected absolute error, the mean the least squared error, the log-mean the least squared error of the log price (that
 is RMSLE without its 1 +); the mode is the likeliest price. `greedy` is what text generation at temperature 0 would
-write: one digit after the other, each the likeliest, without a look at what comes after.
+write: one digit after the other, each the likeliest, without a look at what comes after. Where the run has a price
+head, the guess is half way between this median and the head's, in log price (pipeline/prediction.py).
 """
 
 from dataclasses import dataclass
