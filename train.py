@@ -11,7 +11,7 @@ Read it downward: one training step, the model, the loop, one run. Its options a
 from pipeline.options import peak_rate, training_options
 
 if __name__ == "__main__":  # before PyTorch is imported, which takes seconds: --help and typing errors answer at once
-    ARGUMENTS = training_options()
+    ARGUMENTS = training_options(__doc__)
 
 import argparse
 import gc

@@ -20,12 +20,20 @@ from benchmarks.shapes import SHAPES
 from benchmarks.workload import W8B, random_sequences
 from fast.install import install
 from fast.plan import Plan, free_memory
+from pipeline.data import run_items
 from pipeline.models import load_base, open_base, pick_device, pick_dtype
 from pipeline.prediction import predict
-from pipeline.predictor import Predictor, test_prompts
+from pipeline.predictor import Predictor
+from pricing.data.items import sample
 from pricing.distribution.decode import PRUNE, PriceTree
 
 QUESTION = 12  # tokens that all texts begin with, as real prompts do
+
+
+def held_out_prompts(predictor: Predictor, count: int | None = None) -> list[list[int]]:
+    """The prompts of a run's own test items, or of a fixed sample of so many"""
+    items = [item for item in run_items(predictor.record) if item.split == "test"]
+    return predictor.prompts(sample(items, count))
 
 
 def main() -> None:
@@ -42,7 +50,7 @@ def main() -> None:
     dtype, started = pick_dtype("auto", device), time.perf_counter()
     if args.ckpt:
         predictor = Predictor(args.ckpt, device, dtype)
-        prompts, price = test_prompts(predictor, args.items), predictor.predict
+        prompts, price = held_out_prompts(predictor, args.items), predictor.predict
     else:
         config, tokenizer, directory = open_base(str(directory_of(args.shape)))
         options = argparse.Namespace(bits=4, blocksize=64, double_quant=True, outlier_threshold=6.0)

@@ -19,14 +19,6 @@ OPTIMISERS = ("adamw", "adamw8bit", "paged-adamw8bit", "sgd", "lion8bit")
 PICKS = ("median", "mean", "log-mean", "mode", "greedy")
 RANGES = (50, 80, 90, 95)  # per cent of prices
 PRUNE = 0.001
-TRAIN_EXAMPLES = """Fine-tune a Llama in 4, 8 or 16 bits to tell a product's price from its text.
-
-    python train.py --bits 4                                      SmolLM2-135M on the built-in catalogue
-    python train.py --bits 4 --data pc-parts                      real products
-    python train.py --bits 4 --model meta-llama/Llama-3.1-8B --data items.jsonl      your own, on a GPU
-    python train.py --bits 4 --readable                           line by line, the code as it is read
-    python train.py --resume                                      go on with the run in out/
-"""
 
 
 def peak_rate(hidden_size: int) -> float:
@@ -56,11 +48,11 @@ def add_batch_argument(parser) -> None:
     )
 
 
-def training_options(argv: list[str] | None = None) -> argparse.Namespace:
-    """What train.py is told, checked. Ends the script in one line, exit code 2, where an option is wrong, or where two
+def training_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """What train.py is told, checked; `doc` is its docstring. Ends the script in one line, exit code 2, where an option is wrong, or where two
     do not fit together: before anything is read."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = make_parser(TRAIN_EXAMPLES, "train.py")
+    parser = make_parser(doc, "train.py")
     for add in (add_base, add_data, add_loss, add_training, add_reporting, add_model_arguments, add_speed):
         add(parser)
     args = parser.parse_args(argv)

@@ -22,10 +22,10 @@ from pipeline.checkpoint import (
     read_calibration,
     read_run,
 )
-from pipeline.data import encode_as_run, run_items
+from pipeline.data import encode_as_run
 from pipeline.models import fast, load_base, open_base
 from pipeline.prediction import Prediction, mean_of, predict
-from pricing.data.items import Item, sample
+from pricing.data.items import Item
 from pricing.data.neighbours import INDEX, Index
 from pricing.distribution.decode import PRUNE, PriceTree
 from pricing.distribution.intervals import LEVELS
@@ -134,9 +134,3 @@ class Predictor:
         if missing := [path for path, part in zip(self.paths, parts, strict=True) if not set(kinds) <= set(part)]:
             raise ValueError(f"{missing[0] / CALIBRATION} lacks what ranges of {decode} are calibrated by; train again")
         return np.mean([part[kind] for part in parts for kind in kinds], axis=0), price
-
-
-def test_prompts(predictor: Predictor, count: int | None = None) -> list[list[int]]:
-    """The prompts of a run's own test items, or of a fixed sample of so many"""
-    items = [item for item in run_items(predictor.record) if item.split == "test"]
-    return predictor.prompts(sample(items, count))

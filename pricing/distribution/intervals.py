@@ -22,7 +22,6 @@ import numpy as np
 
 from pricing.data.items import MAX_PRICE, MIN_PRICE
 
-SHARES = (0.5, 0.8, 0.9, 0.95)  # of the prices that a range promises to contain
 SHARE = 0.8
 LEVELS = (0.025, *(n / 20 for n in range(1, 20)), 0.975)  # of the 21 quantiles that are stored of a prediction
 MIDDLE = len(LEVELS) // 2

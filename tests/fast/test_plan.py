@@ -103,7 +103,7 @@ def test_a_budget_that_nothing_would_keep_is_refused(other, capsys):
     from pipeline.options import training_options
 
     with pytest.raises(SystemExit) as stopped:
-        training_options(["--memory-budget", "6GiB", *other])
+        training_options("", ["--memory-budget", "6GiB", *other])
     assert stopped.value.code == 2 and "leave out --readable and --dropout" in capsys.readouterr().err
 
 

@@ -250,3 +250,11 @@ def test_merging_names_what_does_not_fit_and_leaves_nothing(tiny, tmp_path):
         merge(ckpt, base, out)
     assert "\n" not in str(error.value) and {p.name for p in tmp_path.iterdir()} >= {"base", "out"}
     assert not out.exists() and not list(tmp_path.glob(".merged*"))
+
+
+def test_what_is_fused_is_named_alike_where_it_is_read_and_where_it_is_written():
+    """lora may not import llama, so the names stand twice."""
+    from llama import weights
+    from lora import phi3
+
+    assert weights.FUSED == phi3.FUSED

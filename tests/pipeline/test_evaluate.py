@@ -97,7 +97,7 @@ def test_training_and_pricing_see_the_same_validation_items_alike(place, tmp_pat
     rows += [row | {"split": "val"} for row in rows if row["split"] == "train"]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
     planned = "import train; train.plan_memory = lambda *args: (train.fast.Plan(head8=True), []); "
-    planned += "train.main(train.training_options())"
+    planned += "train.main(train.training_options(train.__doc__))"
     start, options = (["-c", planned], []) if head8 else (["train.py"], ["--dropout", "0.5"])
     options += ["--max-steps", "3", "--batch-tokens", "512", "--lr", "5e-3", "--out", tmp_path / "out"]
     exact = ["--dtype", "fp32"]

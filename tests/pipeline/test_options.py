@@ -15,7 +15,7 @@ import quant.quantise
 import train
 from pipeline import options
 from pipeline.options import evaluation_options, pricing_options, training_options
-from pricing.distribution import decode, intervals, loss
+from pricing.distribution import decode, loss
 
 
 def test_what_is_chosen_from_is_what_there_is():
@@ -26,7 +26,6 @@ def test_what_is_chosen_from_is_what_there_is():
     assert options.OPTIMISERS == tuple(lora.optim.OPTIMISERS)
     assert options.PICKS == decode.PICKS
     assert options.PRUNE == decode.PRUNE
-    assert options.RANGES == tuple(round(100 * share) for share in intervals.SHARES)
 
 
 def test_the_scripts_offer_these_lists(capsys):
@@ -34,9 +33,9 @@ def test_the_scripts_offer_these_lists(capsys):
     of_training = {"--bits": options.BITS, "--loss": options.LOSSES, "--optimiser": options.OPTIMISERS}
     of_training |= {"--dtype": options.DTYPES}
     for option, values in of_training.items():
-        assert [getattr(training_options([option, str(v)]), option[2:]) for v in values] == list(values)
+        assert [getattr(training_options("", [option, str(v)]), option[2:]) for v in values] == list(values)
         with pytest.raises(SystemExit):
-            training_options([option, "7"])
+            training_options("", [option, "7"])
         assert all(str(value) in capsys.readouterr().err for value in values[:1])
     for pick in options.PICKS:
         assert evaluation_options("Doc.", ["--decode", pick]).decode == pick
@@ -44,7 +43,7 @@ def test_the_scripts_offer_these_lists(capsys):
         assert evaluation_options("Doc.", ["--interval", str(share)]).interval == share
         assert pricing_options("Doc.", ["a mug", "--interval", str(share)]).interval == share
     assert evaluation_options("Doc.", []).prune == options.PRUNE
-    assert training_options([]).model == options.BASES[0]
+    assert training_options("", []).model == options.BASES[0]
 
 
 def test_explain_memory_prints_a_table_and_trains_nothing(tiny_directory, tmp_path, capsys, monkeypatch):
@@ -52,7 +51,7 @@ def test_explain_memory_prints_a_table_and_trains_nothing(tiny_directory, tmp_pa
     out = tmp_path / "out"
     command = ["--model", str(tiny_directory), "--data", "catalogue", "--size", "200", "--out", str(out)]
     with pytest.raises(SystemExit) as ended:
-        train.main(training_options([*command, "--explain-memory", "--batch-tokens", "512"]))
+        train.main(training_options("", [*command, "--explain-memory", "--batch-tokens", "512"]))
     assert not ended.value.code  # 0: nothing went wrong
     printed = capsys.readouterr().out
     assert "as planned, at the peak:" in printed and "trained  " not in printed and "now run" not in printed

@@ -78,14 +78,14 @@ def test_further_members_take_over_the_numerics_of_the_first(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--members", "3", "--out", "o"])
     monkeypatch.setattr("train.train", lambda args, plan=None: seen.append((args.out, args.seed, plan)))
     monkeypatch.setattr("train.read_run", lambda ckpt: {"plan": numerics})
-    train.main(training_options())
+    train.main(training_options(""))
     assert seen == [("o", 0, None), ("o/members/1", 1, numerics), ("o/members/2", 2, numerics)]
 
 
 @pytest.mark.parametrize("warmup", ["-0.1", "1", "1.5", "nan"])
 def test_a_warm_up_that_never_ends_is_refused(warmup, capsys):
     with pytest.raises(SystemExit):
-        training_options(["--warmup", warmup])
+        training_options("", ["--warmup", warmup])
     assert "--warmup is a share of the run, from 0 to less than 1" in capsys.readouterr().err
 
 
@@ -118,7 +118,7 @@ def test_the_rate_falls_with_the_models_width():
 
 def test_checkpoints_that_would_not_be_kept_are_refused(capsys):
     with pytest.raises(SystemExit):
-        training_options(["--keep", "best", "--save-every", "2"])
+        training_options("", ["--keep", "best", "--save-every", "2"])
     assert "--keep best saves at every best check, and only there; leave out --save-every" in capsys.readouterr().err
 
 
@@ -145,5 +145,5 @@ def test_every_row_of_the_ablations_is_made_of_options_that_there_are(file):
 
     for name, row in json.loads(file.read_text()).items():
         training, evaluating = options_of(row)
-        training_options(training)
+        training_options("", training)
         assert not evaluating or evaluating[0] in ("--decode", "--baselines"), name

@@ -149,7 +149,7 @@ def test_a_resumed_run_equals_an_unbroken_one(place):
         "fp32",
     ]
     run("train.py", *common, "--max-steps", "6", "--out", place / "whole")
-    killed = KILLED + "train.main(train.training_options())"
+    killed = KILLED + "train.main(train.training_options(train.__doc__))"
     run("-c", killed, *common, "--max-steps", "6", "--save-every", "3", "--out", place / "broken", code=9)
     _, said = run("predict.py", "--ckpt", place / "broken", "gold")
     assert "saved at step 3 of a run that has not come to its end: train.py --resume" in said
@@ -180,7 +180,7 @@ def test_a_resumed_run_keeps_the_optimiser_that_memory_chose(place):
     """What is free when it goes on may ask for another; the state on disk is that of the first."""
     common = ["--model", place / "model", "--data", place / "items.jsonl", "--val-items", "0", "--batch-tokens", "1024"]
     otherwise = 'train.plan_memory = lambda *args: (train.fast.Plan(optimiser="sgd"), [])\n'
-    killed = KILLED + otherwise + "train.main(train.training_options())"
+    killed = KILLED + otherwise + "train.main(train.training_options(train.__doc__))"
     out = place / "settled"
     run("-c", killed, *common, "--max-steps", "4", "--save-every", "2", "--out", out, code=9)
     run("train.py", "--resume", "--out", out)

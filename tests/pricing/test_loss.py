@@ -189,5 +189,5 @@ def test_senseless_choices_are_refused(capsys):
         AnswerLoss("best", PriceTree.build(digits), 0.1, "cpu")
     for words in (["--loss", "best"], ["--loss", "crps"], ["--crps-weight", "2"]):
         with pytest.raises(SystemExit):
-            training_options(words)
+            training_options("", words)
         assert words[0] in capsys.readouterr().err

@@ -244,7 +244,7 @@ def test_train_refuses_a_threshold_that_is_none(value, capsys):
     from pipeline.options import training_options
 
     with pytest.raises(SystemExit):
-        training_options(["--bits", "8", f"--outlier-threshold={value}"])
+        training_options("", ["--bits", "8", f"--outlier-threshold={value}"])
     assert "--outlier-threshold must be 0 (none) or greater" in capsys.readouterr().err
 
 
