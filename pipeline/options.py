@@ -49,8 +49,11 @@ def add_batch_argument(parser) -> None:
 
 
 def training_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """What train.py is told, checked; `doc` is its docstring. Ends the script in one line, exit code 2, where an option is wrong, or where two
-    do not fit together: before anything is read."""
+    """What train.py is told, checked; `doc` is its docstring.
+
+    Ends the script in one line, exit code 2, where an option is wrong, or where two do not fit together: before
+    anything is read.
+    """
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(doc, "train.py")
     for add in (add_base, add_data, add_loss, add_training, add_reporting, add_model_arguments, add_speed):
