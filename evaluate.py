@@ -3,6 +3,7 @@
     python evaluate.py --ckpt out/
     python evaluate.py --ckpt out/ --decode head                   by the head alone
     python evaluate.py --ckpt out/ --baselines                     a random forest and others beside it
+    python evaluate.py --ckpt out/ --guesses me=mine.csv           anybody's guesses beside it
     python evaluate.py --compare a/report b/report                 which of two runs is better, and how surely
 
 The items are the run's own test split, never trained on. Writes out/report/ (report.html is the page to open).
@@ -15,6 +16,7 @@ if __name__ == "__main__":  # before PyTorch is imported, which takes seconds: -
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from tqdm import tqdm
 
 from common.cli import run_main
 from common.files import write_directory
-from pipeline.data import run_items
+from pipeline.data import run_items, sources, trained_on, training_items
 from pipeline.models import pick_device, pick_dtype
 from pipeline.prediction import forward_tokens, predict, tree_functions, without_adapter
 from pipeline.predictor import Predictor
@@ -30,12 +32,13 @@ from pricing.curation.leaks import leaks
 from pricing.data.batch import length_batches
 from pricing.data.catalogue import least_error
 from pricing.data.items import MIN_PRICE, Item, normalise_title, sample, unseen
-from pricing.data.sources import load_items
+from pricing.data.sources import load_sources
 from pricing.distribution.decode import greedy_prices, pick
 from pricing.distribution.intervals import calibrated_range, cross_calibrated_range
 from pricing.evaluation.baselines import run_baselines
 from pricing.evaluation.compare import compare_reports
 from pricing.evaluation.console import show_guess, table
+from pricing.evaluation.guesses import is_reference, published_guesses, read_guesses
 from pricing.evaluation.metrics import colour, paired_difference, score
 from pricing.evaluation.report import comparison_table, headline, write_report
 
@@ -60,21 +63,27 @@ def blended(guess: np.ndarray, forest: np.ndarray, network: np.ndarray) -> np.nd
     return np.exp(sum(weight * np.log(np.maximum(part, MIN_PRICE)) for part, weight in parts))
 
 
-def items_of(args: argparse.Namespace, predictor: Predictor) -> tuple[list[Item], list[Item]]:
-    """What the run was trained on, and what it is asked to price: nothing of the former"""
-    items, options = run_items(predictor.record), predictor.options
-    train = sample([item for item in items if item.split == "train"], options["train_items"])
+def items_of(args: argparse.Namespace, predictor: Predictor) -> tuple[list[Item], list[Item], bool]:
+    """What the run was trained on; what it is asked to price, nothing of the former nor of what the runs that it
+    started from were trained on; and whether these are the reference's own test items"""
+    record, options = predictor.record, predictor.options
+    items = run_items(record)
+    train, origin = training_items(items, options), predictor.origin(args.origin)
     if args.data:  # priced by the same run and the same baselines, which know its own training items only
-        items, skipped, _ = load_items(args.data, options["size"], options["data_seed"])
+        loaded = load_sources(args.data, None, None, options["size"], options["data_seed"])
+        items, skipped = loaded.items, loaded.skipped[args.data]
         print(f"data       {args.data}: {len(items):,} items" + (f"; left out: {skipped}" if skipped.counts else ""))
-    test = [item for item in items if item.split == args.split]
+    if args.data or args.origin is not None:
+        items = [replace(item, origin=origin) for item in items]
+    name, test = args.data or " + ".join(sources(options)), [item for item in items if item.split == args.split]
     if not test:
-        raise ValueError(f"{args.data or options['data']}: none of the {len(items)} items is in the {args.split} split")
-    if left_out := len(test) - len(new := unseen(test, train)):
+        raise ValueError(f"{name}: none of the {len(items)} items is in the {args.split} split")
+    new = unseen(test, train + trained_on(record.get("started_from")))
+    if left_out := len(test) - len(new):
         print(f"data       {left_out:,} items left out: the run was trained on the same texts")
     if not new:
-        raise ValueError(f"{args.data or options['data']}: all items of the {args.split} split were trained on")
-    return train, sample(new, args.items)
+        raise ValueError(f"{name}: all items of the {args.split} split were trained on")
+    return train, sample(new, args.items), is_reference(test)
 
 
 def price(args: argparse.Namespace, predictor: Predictor, test: list[Item], prompts: list, fallback: float) -> tuple:
@@ -128,9 +137,19 @@ def describe(predictor: Predictor, args: argparse.Namespace, decode: str, traine
     options = predictor.options
     return (
         f"{options['model']}, {options['bits']} bits, LoRA rank {options['rank']} on {options['targets']}, "
-        f"{predictor.record['steps']:,} steps on {trained:,} items of {options['data']}; {by}; "
-        f"{args.split} items of {args.data or options['data']}, split by title."
+        f"{predictor.record['steps']:,} steps on {trained:,} items of {' + '.join(sources(options))}; {by}; "
+        f"{args.split} items of {args.data or sources(options)[0]}."
     )
+
+
+def untuned(args: argparse.Namespace, predictor: Predictor, prompts: list[list[int]]) -> np.ndarray:
+    """The guesses of the same model without its adapter  # (items,) dollars"""
+    with tqdm(total=len(prompts), unit="item", desc="untuned model") as bar, without_adapter(predictor.model):
+        plain = predict(
+            predictor.model, predictor.tree, prompts, batch_tokens=args.batch_tokens, prune=args.prune,
+            on_batch=lambda indices, _: bar.update(len(indices)),
+        )  # fmt: skip
+    return plain.median()
 
 
 def main(args: argparse.Namespace) -> None:
@@ -138,30 +157,28 @@ def main(args: argparse.Namespace) -> None:
         return print(compare_reports(*args.compare))
     device = pick_device(args.device)
     predictor = Predictor(args.ckpt, device, pick_dtype(args.dtype, device))
-    train, test = items_of(args, predictor)
+    train, test, recognised = items_of(args, predictor)
     truth, categories = np.array([item.price for item in test]), [item.category for item in test]
     products = [normalise_title(item.title) for item in test]
     constant, fallback = float(np.mean([i.price for i in train])), float(np.median([i.price for i in train]))
+    given = [read_guesses(words, test) for words in args.guesses]
     prompts = predictor.prompts(test)
     guess, interval, pricing = price(args, predictor, test, prompts, fallback)
     metrics = score(truth, guess, constant, categories, interval=interval, groups=products)
     metrics |= pricing | {"train_items": len(train), "members": len(predictor.paths)}
     comparison = {"fine-tuned": metrics}
 
-    def add(name: str, other: np.ndarray, seconds: float) -> None:
-        above = paired_difference(np.abs(truth - other), np.abs(truth - guess), products)
-        scored = score(truth, other, constant, categories, groups=products)
+    def add(name: str, other: np.ndarray, seconds: float | None = None, at=slice(None)) -> None:
+        """Of the items `at`"""
+        price, titles, kinds = truth[at], np.array(products)[at], np.array(categories)[at]
+        above = paired_difference(np.abs(price - other), np.abs(price - guess[at]), titles)
+        scored = score(price, other, constant, kinds, groups=titles)
         comparison[name] = scored | {"seconds": seconds, "above": above}
 
     # ---- the same model without its adapter, and predictors that read no language ----------------------------------
     if args.untuned:
-        started = time.perf_counter()
-        with tqdm(total=len(test), unit="item", desc="untuned model") as bar, without_adapter(predictor.model):
-            plain = predict(
-                predictor.model, predictor.tree, prompts, batch_tokens=args.batch_tokens, prune=args.prune,
-                on_batch=lambda indices, _: bar.update(len(indices)),
-            )  # fmt: skip
-        add("untuned model", plain.median(), round(time.perf_counter() - started, 2))
+        started, plain = time.perf_counter(), untuned(args, predictor, prompts)
+        add("untuned model", plain, round(time.perf_counter() - started, 2))
     others = {}
     for name, result in run_baselines(train, test, args.baselines, device).items():
         others[name] = result["guess"]
@@ -169,6 +186,12 @@ def main(args: argparse.Namespace) -> None:
     if args.baselines:
         parts = guess, others["random forest"], others["residual network"]
         add(BLEND, blended(*parts), pricing["seconds"] + sum(comparison[name]["seconds"] for name in BLENDED))
+    for other in given + (published_guesses(test) if recognised else []):
+        name = other.name if len(other.items) == len(test) else f"{other.name}, {len(other.items):,} of the items"
+        if other.guess is None:
+            comparison[name] = other.metrics | {"ratio": other.metrics["mae"] / metrics["constant_mae"]}
+        else:
+            add(name, other.guess, at=other.items)
     keys = ("mae", "mae_ci95", "median_error", "rmsle", "hits", "ratio", "seconds", "above")
     metrics["comparison"] = {name: {k: m[k] for k in keys if k in m} for name, m in comparison.items()}
     leaked = leaks([item.text for item in train], [item.text for item in test])

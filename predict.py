@@ -58,7 +58,10 @@ def main(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     predictor = Predictor(args.ckpt, device, pick_dtype(args.dtype, device))
     decode = predictor.decoding(args.decode)
-    items = [Item(str(n), text.strip().splitlines()[0], text, 1.0, "", "test") for n, text in enumerate(texts)]
+    origin = predictor.origin(args.origin)
+    items = [
+        Item(str(n), text.strip().splitlines()[0], text, 1.0, "", "test", origin=origin) for n, text in enumerate(texts)
+    ]
     prompts, calibration, rows = predictor.prompts(items), predictor.calibration(decode), []
     bar = tqdm(total=len(texts), unit="text", dynamic_ncols=True, disable=not args.file)  # on standard error
     for start in range(0, len(texts), CHUNK):

@@ -31,7 +31,8 @@ from llama.model import Llama
 from lora.adapter import load_adapter
 from lora.inject import inject, lora_layers
 from lora.optim import FlatParameter, capturable, make_optimiser
-from pipeline.checkpoint import COMPLETE, TrainingRun, check_start, load_metrics, load_state, read_run, save
+from pipeline import checkpoint
+from pipeline.checkpoint import COMPLETE, TrainingRun, check_start, load_metrics, load_state, member_path, read_run
 from pipeline.data import load_training_data
 from pipeline.models import READABLE, fast, load_base, open_base, peak_memory, pick_device, pick_dtype, plan_memory
 from pipeline.prediction import start_price_head, validate
@@ -87,21 +88,18 @@ def optimiser_step(model, loss, flat: FlatParameter, optimiser, clip: float, win
 
 
 def prepare_model(args, config, directory, device, dtype, examples, numerics: dict, host_embed: bool) -> tuple:
-    """Quantise each linear as it is read, freeze, inject LoRA, add the price head. Returns (model, price head or None)
-
-    With --resume the adapter and the price head are those of the run.
-    """
+    """Quantise each linear as it is read, freeze, inject LoRA, add the price head; with --resume and --start-from those
+    of the run that goes on. Returns (model, price head or None)."""
     model = load_base(config, directory, device, dtype, args, numerics["head8"], host_embed)
-    if args.resume:
-        load_adapter(model, Path(args.out))
+    if earlier := args.out if args.resume else args.start_from:
+        load_adapter(model, Path(earlier))
     else:
         inject(model, rank=args.rank, alpha=args.alpha, dropout=args.dropout, rslora=args.rslora, targets=args.targets)
     model.train()
     if args.head == "none":
         return model, None
-    if args.resume:
-        return model, load_head(Path(args.out)).to(device).requires_grad_(True)
-    return model, start_price_head(model, examples, args.batch_tokens)
+    price_head = load_head(Path(earlier)) if earlier else start_price_head(model, examples, args.batch_tokens)
+    return model, price_head.to(device).requires_grad_(True)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -184,9 +182,10 @@ def train(args: argparse.Namespace, numerics: dict | None = None) -> None:
     torch.manual_seed(args.seed)
 
     # ---- data, tokens, batches
-    data = load_training_data(args, earlier)
-    print(data.describe(args.data))
     config, tokenizer, directory = open_base(args.model)
+    started_from = checkpoint.started_from(args.start_from, directory, earlier)
+    data = load_training_data(args, earlier, started_from)
+    print(data.describe())
     args.lr = args.lr or peak_rate(config.hidden_size)
     examples = data.encode(data.train, tokenizer, args)
     shape, tree = shape_of(examples, args.batch_tokens), PriceTree.build(tokenizer.encode_answer)
@@ -204,7 +203,7 @@ def train(args: argparse.Namespace, numerics: dict | None = None) -> None:
     flat = FlatParameter(lora_layers(model), list(price_head.parameters()) if price_head else [])
     optimiser = make_optimiser(numerics["optimiser"], flat.parameter, args.lr, args.weight_decay)
     path = fast.install(model, plan, flat, shape.tokens) if plan else READABLE
-    run = TrainingRun(args, directory, data, model, price_head, flat, optimiser, numerics)
+    run = TrainingRun(args, directory, data, model, price_head, flat, optimiser, numerics, started_from)
     loaded = f"loaded in {time.perf_counter() - started:.1f} s, peak {peak_memory(device):.2f} GiB"
     recorded = bool(plan) and args.graph == "auto" and fast.can_record(model)
     compute = partial(optimiser_step, model, loss, flat, optimiser, args.clip)
@@ -228,7 +227,7 @@ def train(args: argparse.Namespace, numerics: dict | None = None) -> None:
     def store() -> None:
         chosen = sample(data.all_val, MOST_CALIBRATION) if data.val else []  # for ranges that hold what they promise
         error, calibration = validate(run, chosen, tokenizer, tree) if chosen else (None, {})
-        save(run, out, progress.counts, progress.metrics, calibration, error)
+        checkpoint.save(run, out, progress.counts, progress.metrics, calibration, error)
 
     # ---- steps; then a last check and the checkpoint
     saved = loop(run, progress, take_step, stream, shape, check, store)
@@ -242,9 +241,10 @@ def main(args: argparse.Namespace) -> None:
     """Train every member; the first is the checkpoint --out itself, the others lie in its members/."""
     options = vars(args) | (read_run(args.out)["options"] if args.resume else {})
     for number in range(options["members"]):
-        out = Path(args.out, "members", str(number)) if number else Path(args.out)
+        out, start = member_path(args.out, number), options["start_from"]
         chosen = options | {"out": str(out), "device": args.device, "resume": args.resume and out.is_dir()}
-        chosen |= {"seed": options["seed"] + number, "members": 1 if number else options["members"]}
+        chosen |= {"seed": options["seed"] + number, "start_from": start and str(member_path(start, number))}
+        chosen |= {"members": 1 if number else options["members"]}
         if options["members"] > 1:
             print(f"member     {number + 1} of {options['members']}")
         earlier = read_run(args.out) if number or chosen["resume"] else {}  # of the same run: its numerics stay

@@ -29,7 +29,6 @@ from pipeline.data import TrainingData
 from pipeline.hub import published_name
 from pipeline.models import peak_memory
 from pipeline.options import LOSSES
-from pricing.data.neighbours import INDEX
 from pricing.distribution.intervals import LEVELS
 from pricing.distribution.quantile_head import PriceHead, save_head
 from quant.quantise import BITS
@@ -37,7 +36,8 @@ from quant.quantise import BITS
 COMPLETE = "state/complete"  # a file in a checkpoint whose run has come to its end
 CALIBRATION = "validation.safetensors"  # a run's own predictions of its validation items
 # What a run of before an option did, which its run.json does not say.
-OLDER = {"head": "none", "members": 1, "neighbours": 0, "train_items": None, "outlier_threshold": 6.0}
+OLDER = {"head": "none", "members": 1, "train_items": None, "outlier_threshold": 6.0}
+OLDER |= {"origin": None, "mix": None, "start_from": None}
 
 
 @dataclass
@@ -52,6 +52,7 @@ class TrainingRun:
     flat: FlatParameter
     optimiser: torch.optim.Optimizer
     numerics: dict  # what memory decided of the numbers: the optimiser, an lm_head in 8 bits
+    started_from: dict | None  # of the run of --start-from: its directory, data and options, and where it started from
 
 
 def read_run(ckpt: str | Path) -> dict:
@@ -66,11 +67,13 @@ def read_run(ckpt: str | Path) -> dict:
         if missing or not {"prompt", "data", "steps"} <= set(run):
             raise KeyError(", ".join(sorted(missing)))
         options = OLDER | run["options"]
-        numbers = ("bits", "blocksize", "size", "max_tokens", "members", "neighbours", "batch_tokens", "rank")
+        numbers = ("bits", "blocksize", "size", "max_tokens", "members", "batch_tokens", "rank")
         if wrong := [key for key in numbers if type(options.get(key, 1)) is not int]:
             raise TypeError(f"{wrong[0]} is {options[wrong[0]]!r}")
         if options["bits"] not in BITS or run["prompt"].count("{text}") != 1:
             raise TypeError(f"bits are {options['bits']!r}, the prompt is {run['prompt']!r}")
+        if options.get("neighbours"):
+            raise ValueError(f"{ckpt} was trained with --neighbours, which is gone: train again without it")
         return run | {"options": options}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or of another version: {error!r}") from None
@@ -91,11 +94,31 @@ def load_metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def started_from(ckpt: str | None, directory: Path, earlier: dict | None) -> dict | None:
+    """What run.json keeps of the run that --start-from names: its directory, options and data, and where that one
+    started from: what any of them was trained on must not be priced. `directory` is of the base model; `earlier` is
+    run.json of the run that --resume goes on with.
+
+    Raises ValueError for an adapter of another base model.
+    """
+    if earlier or not ckpt:
+        return earlier.get("started_from") if earlier else None
+    run = read_run(ckpt)
+    if run["base_model"]["directory"] != directory.name:
+        raise ValueError(f"{ckpt} was trained on {run['base_model']['directory']}, which {directory.name} is not")
+    return {"directory": str(ckpt)} | {key: run.get(key) for key in ("options", "data", "started_from")}
+
+
+def member_path(ckpt: str | Path, number: int) -> Path:
+    """The directory of a run's member; the first is the run's own"""
+    return Path(ckpt, "members", str(number)) if number else Path(ckpt)
+
+
 def member_paths(ckpt: str | Path, options: dict) -> list[Path]:
     """The checkpoints of a run: itself, and the further ones that `train.py --members` trained. Raises ValueError where
     some are missing."""
     paths, number = [Path(ckpt)], 1
-    while (path := Path(ckpt) / "members" / str(number)).is_dir():
+    while (path := member_path(ckpt, number)).is_dir():
         paths, number = [*paths, path], number + 1
     if len(paths) != (asked := options["members"]):
         raise ValueError(f"{ckpt} holds {len(paths)} of its {asked} members; go on with train.py --resume --out {ckpt}")
@@ -120,6 +143,8 @@ def save(
         "options": {k: v for k, v in vars(args).items() if k not in ("resume", "explain_memory")},
         "base_model": {"name": args.model, "directory": run.directory.name},
         "data": data.identity | {"train": len(data.train)},
+        "origins": data.origins,
+        "started_from": run.started_from,
         "prompt": data.prompt,
         "validation": {"items": len(calibration.get("price", ())), "mae_dollars": error},
         "split": "by `split` column, else by hash of the title: 85 % train, 5 % val, 10 % test",
@@ -138,8 +163,6 @@ def save(
         if run.price_head:
             run.price_head.settings["adapter"] = adapter_digest(part)
             save_head(run.price_head, part)
-        if data.index:
-            data.index.save(part / INDEX)
         if calibration:
             write_calibration(part, calibration)
         save_state(part / "state", run.flat, run.optimiser, counts)

@@ -5,6 +5,7 @@ therefore named twice; tests/pipeline/test_options.py holds both lists equal.
 """
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -18,6 +19,9 @@ LOSSES = ("answer", "price", "soft")
 OPTIMISERS = ("adamw", "adamw8bit", "paged-adamw8bit", "sgd", "lion8bit")
 PICKS = ("median", "mean", "log-mean", "mode", "greedy")
 RANGES = (50, 80, 90, 95)  # per cent of prices
+# What an adapter belongs to, and what it is: of the run that --start-from begins with.
+BASE_OPTIONS = {"--model", "--bits", "--blocksize", "--double-quant", "--no-double-quant", "--outlier-threshold"}
+BASE_OPTIONS |= {"--rank", "--alpha", "--rslora", "--targets", "--dropout", "--head"}
 PRUNE = 0.001
 
 
@@ -48,6 +52,12 @@ def add_batch_argument(parser) -> None:
     )
 
 
+def add_origin_argument(parser) -> None:
+    parser.add_argument(
+        "--origin", default=None, help="where the items come from, of the run's own origins (default: its first source)"
+    )
+
+
 def training_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     """What train.py is told, checked; `doc` is its docstring.
 
@@ -59,16 +69,32 @@ def training_options(doc: str, argv: list[str] | None = None) -> argparse.Namesp
     for add in (add_base, add_data, add_loss, add_training, add_reporting, add_model_arguments, add_speed):
         add(parser)
     args = parser.parse_args(argv)
+    if args.start_from:  # what is not said is as it was in that run
+        parser.set_defaults(**options_of_run(parser, args.start_from, vars(args)))
+        args = parser.parse_args(argv)
+    if len(args.data) == 1:
+        [args.data] = args.data
     check(parser, args, argv)
     return args
+
+
+def options_of_run(parser: Parser, ckpt: str, known: dict) -> dict:
+    """The options of the run in `ckpt`, but for those that are about one start alone"""
+    try:
+        options = json.loads(Path(ckpt, "run.json").read_text(encoding="utf-8"))["options"]
+        options |= {"data": [options["data"]] if isinstance(options["data"], str) else options["data"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        parser.error(f"--start-from {ckpt}: it holds no readable run.json of train.py")
+    own = {"out", "resume", "start_from", "device", "dtype", "explain_memory", "memory_budget"}
+    return {name: value for name, value in options.items() if name in known and name not in own}
 
 
 def check(parser: Parser, args: argparse.Namespace, argv: list[str]) -> None:
     """Ends the script in one line where options do not fit together."""
     least_values = dict(size=1, max_tokens=1, batch_tokens=1, rank=1, accumulate=1, log_every=1, val_items=0)
-    least_values |= dict(members=1, neighbours=0)
+    least_values |= dict(members=1)
     for name, least in least_values.items():
-        if getattr(args, name) < least:
+        if (value := getattr(args, name)) is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     if not 0 <= args.outlier_threshold < math.inf:
         parser.error(f"--outlier-threshold must be 0 (none) or greater, got {args.outlier_threshold}")
@@ -83,6 +109,13 @@ def check(parser: Parser, args: argparse.Namespace, argv: list[str]) -> None:
     given = {word.split("=")[0] for word in argv if word.startswith("--")}
     if args.resume and (others := given - {"--resume", "--out", "--device"}):
         parser.error(f"--resume goes on with the options of the first start; leave out {', '.join(sorted(others))}")
+    if args.start_from and (fixed := given & BASE_OPTIONS):
+        parser.error(f"--start-from goes on with that run's model and adapter; leave out {', '.join(sorted(fixed))}")
+    if args.start_from and Path(args.start_from).resolve() == Path(args.out).resolve():
+        parser.error("--out would replace the run that --start-from begins with; choose another name")
+    count = 1 if isinstance(args.data, str) else len(args.data)
+    if args.mix and (count == 1 or len(args.mix) != count or not all(0 < share < math.inf for share in args.mix)):
+        parser.error("--mix takes a share greater than 0 for each source of --data, where there are several")
     above_zero = ("epochs", "lr", "clip", "soft_width", "head_weight", "max_minutes", "max_steps")
     for name in (*above_zero, "val_every", "save_every", "patience", "train_items"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
@@ -116,16 +149,26 @@ def add_base(parser) -> None:
 def add_data(parser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data", default="catalogue", help="catalogue, pc-parts, a .jsonl/.csv/.parquet file or a hub data set"
-    )
+        "--data", nargs="+", default=["catalogue"], metavar="SOURCE",
+        help="catalogue, pc-parts, reference, a .jsonl/.csv/.parquet file or a hub data set; of several, the first is "
+        "validated and tested on, the others add training items",
+    )  # fmt: skip
+    group.add_argument(
+        "--origin", nargs="+", metavar="NAME",
+        help="a name for each source, which the prompt carries (default where there are several: the source's)",
+    )  # fmt: skip
+    group.add_argument(
+        "--mix", nargs="+", type=float, metavar="SHARE",
+        help="a share of the training items for each source (default: all of each); the first is taken whole, the "
+        "others are sampled or repeated",
+    )  # fmt: skip
     group.add_argument("--size", type=int, default=3600, help="items the catalogue makes, all splits together")
     group.add_argument("--data-seed", type=int, default=0, help="the catalogue's seed")
     group.add_argument("--train-items", type=int, default=None, help="learn from a fixed sample of so many")
     group.add_argument("--prompt", default="first", help="first, second, compact, or a text file with {text} in it")
-    group.add_argument("--max-tokens", type=int, default=176, help="tokens of the prompt; longer texts are cut")
     group.add_argument(
-        "--neighbours", type=int, default=0, metavar="K",
-        help="name the prices of the K most similar training items in the prompt",
+        "--max-tokens", type=int, default=None,
+        help="tokens of the prompt; longer texts are cut (default: the longest text's, at most 384)",
     )  # fmt: skip
     group.add_argument("--strict", action="store_true", help="a bad row is an error instead of a count")
 
@@ -177,6 +220,10 @@ def add_training(parser) -> None:
     group.add_argument("--weight-decay", type=float, default=0.0, help="of the LoRA factors and the head")
     group.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     group.add_argument("--seed", type=int, default=0, help="of LoRA's and the head's start and the order of items")
+    group.add_argument(
+        "--start-from", default=None, metavar="CKPT",
+        help="go on from the adapter and head of that run, with other data or options; what is not said is as there",
+    )  # fmt: skip
 
 
 def add_reporting(parser) -> None:
@@ -221,6 +268,7 @@ def evaluation_options(doc: str, argv: list[str] | None = None) -> argparse.Name
     parser = make_parser(doc, "evaluate.py")
     parser.add_argument("--ckpt", default="out", help="the directory that train.py wrote")
     parser.add_argument("--data", default=None, help="other data than the run's (its test split is priced)")
+    add_origin_argument(parser)
     parser.add_argument(
         "--split", default="test", choices=["test", "val"], help="val: to choose settings by, into report_val/"
     )
@@ -242,6 +290,10 @@ def evaluation_options(doc: str, argv: list[str] | None = None) -> argparse.Name
         "--baselines", action="store_true", help="all baselines, not only the quick ones; computed once and kept"
     )
     parser.add_argument(
+        "--guesses", nargs="+", action="extend", default=[], metavar="NAME=FILE.csv",
+        help="anybody's guesses beside the model's: a column `guess` (or NAME), by `id`, or in predictions.csv's order",
+    )  # fmt: skip
+    parser.add_argument(
         "--compare", nargs=2, metavar="REPORT", help="only compare two report directories, item by item"
     )
     parser.add_argument("--quiet", action="store_true", help="no line for each item")
@@ -250,6 +302,8 @@ def evaluation_options(doc: str, argv: list[str] | None = None) -> argparse.Name
     args = parser.parse_args(argv)
     if (args.items is not None and args.items < 1) or not 0 <= args.prune < 0.5:
         parser.error("--items must be at least 1, --prune from 0 to 0.5")
+    if wrong := [given for given in args.guesses if not all(given.partition("=")[::2])]:
+        parser.error(f"--guesses takes NAME=FILE.csv, got {wrong[0]}")
     return args
 
 
@@ -264,6 +318,7 @@ def pricing_options(doc: str, argv: list[str] | None = None) -> argparse.Namespa
         help="median of the digits' distribution, the head's, or both blended (default, where there is a head)",
     )  # fmt: skip
     parser.add_argument("--interval", type=int, default=80, choices=RANGES, help="per cent of prices a range holds")
+    add_origin_argument(parser)
     add_batch_argument(parser)
     add_model_arguments(parser)
     args = parser.parse_args(argv)

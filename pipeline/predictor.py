@@ -22,11 +22,10 @@ from pipeline.checkpoint import (
     read_calibration,
     read_run,
 )
-from pipeline.data import encode_as_run
 from pipeline.models import fast, load_base, open_base
 from pipeline.prediction import Prediction, mean_of, predict
 from pricing.data.items import Item
-from pricing.data.neighbours import INDEX, Index
+from pricing.data.prompt import describe_cuts, encode_items
 from pricing.distribution.decode import PRUNE, PriceTree
 from pricing.distribution.intervals import LEVELS
 from pricing.distribution.quantile_head import FILE, PriceHead, load_head
@@ -68,7 +67,6 @@ class Predictor:
         self.heads = [head and head.to(device) for head in self.heads]
         self.active = 0  # the member whose adapter is in the model
         self.tree = PriceTree.build(self.tokenizer.encode_answer)
-        self.index = Index.load(Path(ckpt) / INDEX) if self.options["neighbours"] else None
 
     def _open_heads(self) -> list[PriceHead | None]:
         heads = [open_head(path) if (path / FILE).is_file() else None for path in self.paths]
@@ -98,11 +96,20 @@ class Predictor:
 
     def prompts(self, items: list[Item]) -> list[list[int]]:
         """As the run reads them. Says on standard error how many texts are too long for it."""
-        examples = encode_as_run(items, self.tokenizer, self.options, self.record["prompt"], self.index)
-        if cut := sum(example.cut for example in examples):
-            limit = f"the run's --max-tokens {self.options['max_tokens']}"
-            print(f"{cut:,} of {len(items):,} texts are longer than {limit} and were cut", file=sys.stderr)
+        limit = self.options["max_tokens"]
+        examples = encode_items(items, self.tokenizer, limit, self.record["prompt"])
+        if cuts := describe_cuts(examples, limit):
+            print(f"{cuts} (the run's limit)", file=sys.stderr)
         return [example.prompt for example in examples]
+
+    def origin(self, name: str | None = None) -> str:
+        """The tag of new items: `name`, else that of the run's own held-out items; "" for a run that has no tags.
+        Raises ValueError for a name that the run does not know."""
+        origins = self.record.get("origins", [""])
+        if name is not None and name not in origins:
+            known = ", ".join(map(repr, filter(None, origins))) or "none"
+            raise ValueError(f"--origin {name!r}: the run was trained on items of other origins: {known}")
+        return origins[0] if name is None else name
 
     def predict(
         self, prompts: list[list[int]], batch_tokens: int | None = None, prune: float = PRUNE, on_batch=None

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from pipeline.checkpoint import TrainingRun
 from pipeline.models import memory_report, peak_memory
-from pricing.data.prompt import Example
+from pricing.data.prompt import Example, describe_cuts
 from pricing.evaluation.console import show_example
 
 BAD_STEPS = 10  # in a row, without a finite loss: the run ends
@@ -50,8 +50,8 @@ def print_setup(
         f"tokens     {sum(lengths):,} an epoch, {np.mean(lengths):.0f} an item, "
         f"of which {np.mean([loss.learnt(e) for e in examples]):.1f} carry the loss"
     )
-    if cut := sum(e.cut for e in examples):
-        print(f"           {cut:,} texts are longer than --max-tokens {args.max_tokens} and were cut")
+    if cuts := describe_cuts(examples, args.max_tokens):
+        print(f"           {cuts}")
     print(
         f"steps      {total:,} of {args.batch_tokens * args.accumulate:,} tokens at a peak rate of {args.lr:g}; "
         "first item, what is learnt in colour:"

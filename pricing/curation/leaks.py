@@ -95,13 +95,18 @@ def slices(lengths: np.ndarray, most: int = 1 << 20) -> Iterator[slice]:
         start = stop
 
 
+def near_pairs(texts: Iterable[str], held_out: Iterable[str], threshold: float = 0.8) -> Iterator[tuple[int, int]]:
+    """(index of a text, index of a held-out text) of all near-duplicates, some pairs twice: J >= threshold, with J the
+    Jaccard similarity of the pairs of neighbouring words. Exact; `texts` are streamed. Raises ValueError for a
+    threshold outside 0.3 to 1."""
+    index = HeldOut(*shingles_of([words_in(text) for text in held_out]), threshold)
+    texts, start = iter(texts), 0
+    while batch := list(islice(texts, 1024)):
+        ours, others = index.pairs(*shingles_of([words_in(text) for text in batch]))
+        yield from zip((ours + start).tolist(), others.tolist(), strict=True)
+        start += len(batch)
+
+
 def leaks(train_texts: Iterable[str], test_texts: Iterable[str], threshold: float = 0.8) -> list[int]:
-    """Indices of the test texts with a near-duplicate among the training texts: max J(test, train) >= threshold, with J
-    the Jaccard similarity of the pairs of neighbouring words. Exact; the training texts are streamed. Raises ValueError
-    for a threshold outside 0.3 to 1.
-    """
-    held_out = HeldOut(*shingles_of([words_in(text) for text in test_texts]), threshold)
-    train_texts, leaking = iter(train_texts), set()
-    while batch := list(islice(train_texts, 1024)):
-        leaking.update(held_out.pairs(*shingles_of([words_in(text) for text in batch]))[1].tolist())
-    return sorted(leaking)
+    """Indices of the test texts with a near-duplicate among the training texts; arguments as of `near_pairs`."""
+    return sorted({test for _, test in near_pairs(train_texts, test_texts, threshold)})

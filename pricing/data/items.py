@@ -1,8 +1,9 @@
 """Items: what is priced. Rows of JSONL, CSV or Parquet in, checked `Item`s out; rows left out are counted by reason.
 
-A row has `price` (US dollars) and either `text`, or `title` and any of `category`, `brand`, `description`. `split`
-(train, val or test) is optional. Without it the split is a hash of the normalised title, or of the whole text in a row
-without a title: items of one title are never in two splits, and training and evaluation agree without a further file.
+A row has `price` (US dollars) and either `text`, or `title` and any of `category`, `brand`, `description`; `split`
+(train, val or test) and `origin` (where it comes from) are optional. Without a `split` a hash of the normalised title
+decides, or of the whole text where there is no title: items of one title are never in two splits, and training and
+evaluation agree without a further file.
 """
 
 import csv
@@ -32,16 +33,22 @@ class Item:
 
     id: str
     title: str
-    text: str  # what the model reads; the price is not in it
+    text: str  # what describes the product; the price is not in it
     price: float  # dollars
     category: str
     split: str  # train, val or test
     fair_price: float | None = None  # dollars, the price without its noise, where the data set knows it (catalogue)
+    origin: str = ""  # where it comes from, where there are several sources: their price levels differ
 
     @property
     def dollars(self) -> int:
         """The price in whole dollars, half up: 1 to 999"""
         return math.floor(self.price + 0.5)
+
+    @property
+    def tagged(self) -> str:
+        """The text as the model and the baselines read it: below a line that names its origin, where it has one"""
+        return f"Origin: {self.origin}\n{self.text}" if self.origin else self.text
 
 
 @dataclass
@@ -150,6 +157,7 @@ def item_from_row(row: dict, number: int) -> Item:
         price=price,
         category=clean(row.get("category")),
         split=SPLITS[split] if split else split_of(title or text),  # without a title, the whole text
+        origin=clean(row.get("origin")),
     )
 
 

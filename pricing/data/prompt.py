@@ -43,7 +43,7 @@ class Example:
     prompt: list[int]  # token ids up to and with the "$"
     answer: list[int]  # token ids of `123.00`; the loss is on these and nothing else
     price: float  # dollars
-    cut: bool = False  # the text was too long, and its end was cut off
+    cut: float = 0.0  # share of the text's characters that were cut off at its end, because it was too long
 
 
 def answer_text(dollars: int) -> str:
@@ -51,8 +51,8 @@ def answer_text(dollars: int) -> str:
     return f"{dollars}.00"
 
 
-def encode_prompt(text: str, tokenizer, max_tokens: int, template: str = PROMPT) -> tuple[list[int], bool]:
-    """(ids of the question around the item's text, whether the text was cut). Where the prompt is longer than
+def encode_prompt(text: str, tokenizer, max_tokens: int, template: str = PROMPT) -> tuple[list[int], float]:
+    """(ids of the question around the item's text, what share of the text was cut off). Where the prompt is longer than
     `max_tokens`, the end of the text is cut off, never the question.
 
     `tokenizer` has encode_prompt, encode_answer and decode. Raises ValueError if the question alone does not fit.
@@ -63,7 +63,7 @@ def encode_prompt(text: str, tokenizer, max_tokens: int, template: str = PROMPT)
 
     ids = ids_of(text)
     if len(ids) <= max_tokens:
-        return ids, False
+        return ids, 0.0
     if len(ids_of("")) >= max_tokens:
         raise ValueError(f"the question alone takes {len(ids_of(''))} tokens, --max-tokens is {max_tokens}")
     # Cut characters, not ids: the ids of a shorter text are not always a prefix. Bisect for the longest that fits.
@@ -71,14 +71,22 @@ def encode_prompt(text: str, tokenizer, max_tokens: int, template: str = PROMPT)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if len(ids_of(text[:middle].rstrip())) <= max_tokens else (low, middle - 1)
-    return ids_of(text[:low].rstrip()), True
+    return ids_of(text[:low].rstrip()), 1 - low / len(text)
 
 
-def encode_items(items: list[Item], tokenizer, max_tokens: int, templates: list[str] | None = None) -> list[Example]:
-    """An Example for each item, by its own template (default: PROMPT for all). A prompt has at most `max_tokens`
-    tokens; the answer adds up to 6."""
+def encode_items(items: list[Item], tokenizer, max_tokens: int, template: str = PROMPT) -> list[Example]:
+    """An Example for each item. A prompt has at most `max_tokens` tokens; the answer adds up to 6."""
     examples = []
-    for item, template in zip(items, templates or [PROMPT] * len(items), strict=True):
-        prompt, cut = encode_prompt(item.text, tokenizer, max_tokens, template)
+    for item in items:
+        prompt, cut = encode_prompt(item.tagged, tokenizer, max_tokens, template)
         examples.append(Example(prompt, tokenizer.encode_answer(answer_text(item.dollars)), item.price, cut))
     return examples
+
+
+def describe_cuts(examples: list[Example], max_tokens: int) -> str:
+    """How many texts were cut, and how much of them; "" where none was"""
+    cuts = [example.cut for example in examples if example.cut]
+    if not cuts:
+        return ""
+    share = f"{sum(cuts) / len(cuts):.0%} of each on average"
+    return f"{len(cuts):,} of {len(examples):,} texts are longer than --max-tokens {max_tokens}: {share} is cut off"

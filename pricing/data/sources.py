@@ -1,14 +1,19 @@
-"""What `--data` names: the built-in catalogue, pc-parts, a file, or a data set of the Hugging Face hub."""
+"""What `--data` names: the built-in catalogue, pc-parts, the reference's own test, files, data sets of the hub.
+
+Of several sources the first is what the run is about: it alone is validated and tested on. The others add rows to train
+on, each under a tag that says where it comes from, since price levels differ from shop to shop (`Item.tagged`).
+"""
 
 import json
 import os
 import zipfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.hub import cache_directory, download, sha256, snapshot
-from pricing.data import catalogue
-from pricing.data.items import REPEATED, Item, Skipped, items_from_rows, read_rows
+from pricing.curation.leaks import near_pairs
+from pricing.data import catalogue, reference
+from pricing.data.items import REPEATED, Item, Skipped, items_from_rows, normalise_title, read_rows, sample
 
 # 66,778 PC parts scraped from PCPartPicker in July 2025 (MIT licence); about a quarter carry a price in range.
 PC_PARTS_URL = (
@@ -78,6 +83,9 @@ def load_items(data: str, size: int, seed: int, strict: bool = False) -> tuple[l
         )
         identity = {"sha256": PC_PARTS_SHA256}
         strict = False  # three quarters of the parts have no price; that is no damage
+    elif tests := reference.test_count(data):
+        rows, identity = reference.rows(tests), {"sha256": reference.SHA256}
+        strict = False  # people's files repeat one another
     elif path.is_file():
         rows = read_rows(path)
         identity = {"sha256": sha256(path)}
@@ -86,9 +94,83 @@ def load_items(data: str, size: int, seed: int, strict: bool = False) -> tuple[l
         rows, identity = folder_rows(root), {"commit": root.name}  # the hub's cache names a snapshot by its commit
     else:
         raise ValueError(
-            f"data file {data} does not exist; --data takes catalogue, pc-parts, a file or a hub data set org/name"
+            f"data file {data} does not exist; --data takes catalogue, pc-parts, reference, a file or a hub data set "
+            "org/name"
         )
     items, skipped = items_from_rows(rows, data, strict)
     if made:  # the catalogue alone knows the price without its noise
         items = [replace(item, fair_price=made[int(item.id) - 1]["fair_price"]) for item in items]
     return items, skipped, {"data": data, "items": len(items)} | identity
+
+
+@dataclass
+class Loaded:
+    """The items of all sources, and what is known of them."""
+
+    items: list[Item]
+    skipped: dict[str, Skipped]  # the rows left out, of each source
+    identity: dict  # for run.json: a digest or a commit, by which a change is noticed
+    near: int  # training items left out as near-duplicates of held-out ones
+
+
+def load_sources(
+    data: str | list[str], origins: list[str] | None = None, mix: list[float] | None = None, size: int = 3600,
+    seed: int = 0, strict: bool = False,
+) -> Loaded:  # fmt: skip
+    """The items of one source or several. Of several, and where `origins` names it, each item has an origin: its row's
+    own, else what `origins` says, else the source's name. `mix` are the sources' shares of the training items.
+
+    Where rows have come together that nobody split (several sources, or the reference's), training items that are
+    near-duplicates of held-out ones, or have their titles, are left out. Raises ValueError or OSError, in one line.
+    """
+    sources = [data] if isinstance(data, str) else data
+    names = check_names(sources, origins)
+    parts, skipped, identities = [], {}, []
+    for number, (source, name) in enumerate(zip(sources, names, strict=True)):
+        part, skipped[source], identity = load_items(source, size, seed, strict)
+        if len(sources) > 1 or origins:
+            part = [replace(item, origin=item.origin or name) for item in part]
+        parts.append(part if number == 0 else [item for item in part if item.split == "train"])
+        identities.append(identity)
+    count = sum(map(len, parts))
+    identity = identities[0] if len(sources) == 1 else {"data": data, "items": count, "sources": identities}
+    if len(sources) > 1 or reference.test_count(sources[0]):
+        parts = without_repeats(parts)
+    near = count - sum(map(len, parts))
+    if mix:
+        parts = mixed(parts, mix)
+    return Loaded([item for part in parts for item in part], skipped, identity, near)
+
+
+def check_names(sources: list[str], origins: list[str] | None) -> list[str]:
+    """What each source is called. Raises ValueError where two are called alike, or where `origins` are not as many."""
+    if origins and len(origins) != len(sources):
+        raise ValueError(f"--origin takes a name for each of the {len(sources)} sources of --data, got {len(origins)}")
+    names = origins or [Path(name).stem if Path(name).expanduser().is_file() else name for name in sources]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two sources of --data are called {twice[0]!r}: name them with --origin")
+    return names
+
+
+def without_repeats(parts: list[list[Item]]) -> list[list[Item]]:
+    """Without the training items that have a held-out item's title or are near-duplicates of one (leaks.py)"""
+    train = [item for part in parts for item in part if item.split == "train"]
+    held_out = [item for item in parts[0] if item.split != "train"]
+    titles = {normalise_title(item.title) for item in held_out}
+    pairs = near_pairs((item.text for item in train), [item.text for item in held_out])
+    repeats = {id(train[n]) for n, _ in pairs}
+    repeats |= {id(item) for item in train if normalise_title(item.title) in titles}
+    return [[item for item in part if id(item) not in repeats] for part in parts]
+
+
+def mixed(parts: list[list[Item]], shares: list[float]) -> list[list[Item]]:
+    """The first source's items, and of each other one so many that its training items have its share of all: a fixed
+    sample, or every item as often as needed. Raises ValueError where a source has no training item."""
+    size = sum(item.split == "train" for item in parts[0])
+    chosen = [parts[0]]
+    for number, (part, share) in enumerate(zip(parts[1:], shares[1:], strict=True), 2):
+        if not part:
+            raise ValueError(f"--mix: source {number} of --data has no item to train on")
+        whole, rest = divmod(round(size * share / shares[0]), len(part))
+        chosen.append(part * whole + sample(part, rest))
+    return chosen

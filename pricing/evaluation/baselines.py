@@ -28,7 +28,7 @@ LIMIT = 50_000  # training items at most for the forest, the boosting and the ne
 
 
 def texts(items: list[Item]) -> list[str]:
-    return [item.text for item in items]
+    return [item.tagged for item in items]
 
 
 def log_prices(items: list[Item]) -> np.ndarray:
@@ -195,7 +195,7 @@ def run_baselines(train: list[Item], test: list[Item], every: bool, device: str 
     digest = hashlib.sha256(Path(__file__).read_bytes() + version("scikit-learn").encode())
     for items in (train, test):
         for item in items:
-            digest.update(repr((item.text, item.category, item.split, item.price if items is train else 0)).encode())
+            digest.update(repr((item.tagged, item.category, item.split, item.price if items is train else 0)).encode())
     path = cache_directory() / "baselines" / f"{digest.hexdigest()[:32]}.json"
     try:
         results = json.loads(path.read_text())

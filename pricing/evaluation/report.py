@@ -38,7 +38,7 @@ def comparison_table(comparison: dict[str, dict]) -> tuple[list[str], list[list[
     rows = []
     for name, m in sorted(comparison.items(), key=lambda pair: pair[1]["mae"]):
         cells = [name, f"${m['mae']:.2f}", f"${m['median_error']:.2f}", f"{m['rmsle']:.3f}", f"{m['hits']:.1%}"]
-        cells += [f"{m['ratio']:.3f}", f"{m['seconds']:.1f}"]
+        cells += [f"{m['ratio']:.3f}", "-" if m.get("seconds") is None else f"{m['seconds']:.1f}"]
         if "above" in m:
             cells += ["{} ({:+.2f} to {:+.2f})".format(signed(m["above"]["difference"]), *m["above"]["ci95"])]
         rows.append(cells if "above" in m else cells + [""])
