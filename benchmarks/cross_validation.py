@@ -86,8 +86,9 @@ def measure(out: Path, common: list[str], row: list[str], fold: int, gpu: str | 
     try:
         run("train.py", *common, *data, *training, "--out", directory, gpu=gpu)
         run("evaluate.py", "--ckpt", directory, "--quiet", "--no-untuned", *evaluation, gpu=gpu)
+        learnt_from = json.loads((directory / "report" / "metrics.json").read_text())["train_items"]
         with open(directory / "report" / "predictions.csv", newline="", encoding="utf-8") as lines:
-            return list(csv.DictReader(lines))
+            return [line | {"train_items": learnt_from} for line in csv.DictReader(lines)]
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -97,7 +98,8 @@ def scored(rows: list[dict]) -> dict:
     truth, guess, low, high = (np.array([float(row[k]) for row in rows]) for k in ("truth", "guess", "low", "high"))
     titles = [normalise_title(row["title"]) for row in rows]
     metrics = score(truth, guess, float(truth.mean()), [""] * len(rows), interval=(low, high), groups=titles)
-    return {key: metrics[key] for key in KEPT}
+    items = sum(row["train_items"] for row in rows) / len(rows)
+    return {"train_items": round(items)} | {key: metrics[key] for key in KEPT}
 
 
 def against(rows: list[dict], first: list[dict]) -> dict:
