@@ -35,7 +35,7 @@ from pricing.data.items import MIN_PRICE, Item, normalise_title, sample, unseen
 from pricing.data.sources import load_sources
 from pricing.distribution.decode import greedy_prices, pick
 from pricing.distribution.intervals import calibrated_range, cross_calibrated_range
-from pricing.evaluation.baselines import run_baselines
+from pricing.evaluation.baselines import run_baselines, same_origin
 from pricing.evaluation.compare import compare_reports
 from pricing.evaluation.console import show_guess, table
 from pricing.evaluation.guesses import is_reference, published_guesses, read_guesses
@@ -160,7 +160,8 @@ def main(args: argparse.Namespace) -> None:
     train, test, recognised = items_of(args, predictor)
     truth, categories = np.array([item.price for item in test]), [item.category for item in test]
     products = [normalise_title(item.title) for item in test]
-    constant, fallback = float(np.mean([i.price for i in train])), float(np.median([i.price for i in train]))
+    alike = [item.price for item in same_origin(train, test)]
+    constant, fallback = float(np.mean(alike)), float(np.median(alike))
     given = [read_guesses(words, test) for words in args.guesses]
     prompts = predictor.prompts(test)
     guess, interval, pricing = price(args, predictor, test, prompts, fallback)

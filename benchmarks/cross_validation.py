@@ -5,7 +5,7 @@
 
 The 2,000 items are cut into folds by title; each fold is priced by a model that has seen the other folds and the chat
 examples. `--first 251` (the default) leaves items 1 to 250, the test, out: settings are chosen by what is left. Rows
-are as in benchmarks/ablation.py; in their options `{folds}` is the directory of the folds' files and `{fold}` the number:
+are as in benchmarks/ablation.py; in their options `{folds}` is the directory of the folds' files and `{fold}` a number:
 `--data {folds}/own{fold}.jsonl` trains on the test's own kind alone, `{folds}/balanced{fold}.jsonl` repeats the chat
 examples until each band of prices weighs as much as in the test's own kind. Differences to the first row are paired,
 item by item, over all folds. Written after every row: a run cut short keeps what it measured. Needs no GPU, but hours

@@ -2,13 +2,13 @@
 
     python -m benchmarks.scaling_law SmolLM2-135M:134.5e6=cv-smollm2 Qwen2.5-1.5B:1.54e9=cv-qwen --out docs/scaling.png
 
-Each directory is of benchmarks.cross_validation; its rows differ in --train-items (a row without it has all). The law is
+Each directory is of benchmarks.cross_validation; its rows differ in --train-items (without it, all). The law is
 
     E(N, D) = E0 + A N^-a + B D^-b        N parameters, D training rows; E dollars of mean absolute error
 
-with E0 >= 0 and a, b between 0 and 1.5, by least squares on log E (Hoffmann et al. 2022, arXiv 2203.15556, has the form).
-The items' titles are resampled 200 times, the errors of all runs taken anew and the law fitted to them: that is the
-interval of what it says, and holds neither other seeds nor other recipes nor whether such a law goes on beyond them.
+with E0 >= 0 and a, b between 0 and 1.5, by least squares on log E (the form is that of Hoffmann et al. 2022, arXiv
+2203.15556). The items' titles are resampled 200 times, the errors of all runs taken anew and the law fitted to them:
+that is the interval of what it says; of other seeds, other recipes and whether such a law goes on it knows nothing.
 """
 
 import argparse

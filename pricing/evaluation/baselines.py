@@ -35,14 +35,20 @@ def log_prices(items: list[Item]) -> np.ndarray:
     return np.log([item.price for item in items])
 
 
+def same_origin(train: list[Item], test: list[Item]) -> list[Item]:
+    """The training items of the test items' origins; all where there are none"""
+    origins = {item.origin for item in test}
+    return [item for item in train if item.origin in origins] or train
+
+
 def constant_mean(train: list[Item], test: list[Item]) -> np.ndarray:
-    """The mean training price for all items: the "constant" of the reports."""
-    return np.full(len(test), np.mean([item.price for item in train]))
+    """The mean training price, of the same origin, for all items: the "constant" of the reports."""
+    return np.full(len(test), np.mean([item.price for item in same_origin(train, test)]))
 
 
 def constant_median(train: list[Item], test: list[Item]) -> np.ndarray:
-    """The median training price for all items: the constant of least absolute error."""
-    return np.full(len(test), np.median([item.price for item in train]))
+    """The median training price, of the same origin, for all items: the constant of least absolute error."""
+    return np.full(len(test), np.median([item.price for item in same_origin(train, test)]))
 
 
 def simple_features(items: list[Item], categories: list[str]) -> np.ndarray:
