@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from common.cli import run_main
 from common.files import write_directory
+from pipeline.checkpoint import read_run
 from pipeline.data import run_items, sources, trained_on, training_items
 from pipeline.models import pick_device, pick_dtype
 from pipeline.prediction import forward_tokens, predict, tree_functions, without_adapter
-from pipeline.predictor import Predictor
+from pipeline.predictor import Predictor, origin_of
 from pricing.curation.leaks import leaks
 from pricing.data.batch import length_batches
 from pricing.data.catalogue import least_error
@@ -63,12 +64,12 @@ def blended(guess: np.ndarray, forest: np.ndarray, network: np.ndarray) -> np.nd
     return np.exp(sum(weight * np.log(np.maximum(part, MIN_PRICE)) for part, weight in parts))
 
 
-def items_of(args: argparse.Namespace, predictor: Predictor) -> tuple[list[Item], list[Item], bool]:
+def items_of(args: argparse.Namespace, record: dict) -> tuple[list[Item], list[Item], bool]:
     """What the run was trained on; what it is asked to price, nothing of the former nor of what the runs that it
     started from were trained on; and whether these are the reference's own test items"""
-    record, options = predictor.record, predictor.options
+    options, origin = record["options"], origin_of(record, args.origin)
     items = run_items(record)
-    train, origin = training_items(items, options), predictor.origin(args.origin)
+    train = training_items(items, options)
     if args.data:  # priced by the same run and the same baselines, which know its own training items only
         loaded = load_sources(args.data, None, None, options["size"], options["data_seed"])
         items, skipped = loaded.items, loaded.skipped[args.data]
@@ -155,14 +156,14 @@ def untuned(args: argparse.Namespace, predictor: Predictor, prompts: list[list[i
 def main(args: argparse.Namespace) -> None:
     if args.compare:
         return print(compare_reports(*args.compare))
+    train, test, recognised = items_of(args, read_run(args.ckpt))
+    given = [read_guesses(words, test) for words in args.guesses]
     device = pick_device(args.device)
-    predictor = Predictor(args.ckpt, device, pick_dtype(args.dtype, device))
-    train, test, recognised = items_of(args, predictor)
+    predictor = Predictor(args.ckpt, device, pick_dtype(args.dtype, device), args.origin)
     truth, categories = np.array([item.price for item in test]), [item.category for item in test]
     products = [normalise_title(item.title) for item in test]
     alike = [item.price for item in same_origin(train, test)]
     constant, fallback = float(np.mean(alike)), float(np.median(alike))
-    given = [read_guesses(words, test) for words in args.guesses]
     prompts = predictor.prompts(test)
     guess, interval, pricing = price(args, predictor, test, prompts, fallback)
     metrics = score(truth, guess, constant, categories, interval=interval, groups=products)

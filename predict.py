@@ -56,11 +56,11 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("the text to price is empty")
 
     device = pick_device(args.device)
-    predictor = Predictor(args.ckpt, device, pick_dtype(args.dtype, device))
+    predictor = Predictor(args.ckpt, device, pick_dtype(args.dtype, device), args.origin)
     decode = predictor.decoding(args.decode)
-    origin = predictor.origin(args.origin)
     items = [
-        Item(str(n), text.strip().splitlines()[0], text, 1.0, "", "test", origin=origin) for n, text in enumerate(texts)
+        Item(str(n), text.strip().splitlines()[0], text, 1.0, "", "test", origin=predictor.origin)
+        for n, text in enumerate(texts)
     ]
     prompts, calibration, rows = predictor.prompts(items), predictor.calibration(decode), []
     bar = tqdm(total=len(texts), unit="text", dynamic_ncols=True, disable=not args.file)  # on standard error

@@ -45,15 +45,26 @@ def open_head(ckpt: str | Path) -> PriceHead:
     return head
 
 
+def origin_of(run: dict, name: str | None) -> str:
+    """The tag of new items: `name`, else that of the run's own held-out items; "" for a run that has no tags. Raises
+    ValueError for a name that the run does not know."""
+    origins = run.get("origins", [""])
+    if name is not None and name not in origins:
+        known = ", ".join(map(repr, filter(None, origins))) or "none"
+        raise ValueError(f"--origin {name!r}: the run was trained on items of other origins: {known}")
+    return origins[0] if name is None else name
+
+
 class Predictor:
     """A run of train.py, opened to price with: one base model, and the adapters and price heads of all its members.
 
-    Raises ValueError where it is none, is incomplete, or its members do not belong together.
+    `origin` is the tag of the items to be priced, where it has tags. Raises ValueError where it is no run, is
+    incomplete, does not know the origin, or its members do not belong together.
     """
 
-    def __init__(self, ckpt: str | Path, device: torch.device, dtype: torch.dtype):
+    def __init__(self, ckpt: str | Path, device: torch.device, dtype: torch.dtype, origin: str | None = None):
         self.record = read_run(ckpt)
-        self.options = self.record["options"]
+        self.options, self.origin = self.record["options"], origin_of(self.record, origin)
         self.paths = member_paths(ckpt, self.options)
         for path in self.paths[1:]:
             other, same = read_run(path), ("base_model", "prompt", "data", "compute_dtype")
@@ -101,15 +112,6 @@ class Predictor:
         if cuts := describe_cuts(examples, limit):
             print(f"{cuts} (the run's limit)", file=sys.stderr)
         return [example.prompt for example in examples]
-
-    def origin(self, name: str | None = None) -> str:
-        """The tag of new items: `name`, else that of the run's own held-out items; "" for a run that has no tags.
-        Raises ValueError for a name that the run does not know."""
-        origins = self.record.get("origins", [""])
-        if name is not None and name not in origins:
-            known = ", ".join(map(repr, filter(None, origins))) or "none"
-            raise ValueError(f"--origin {name!r}: the run was trained on items of other origins: {known}")
-        return origins[0] if name is None else name
 
     def predict(
         self, prompts: list[list[int]], batch_tokens: int | None = None, prune: float = PRUNE, on_batch=None

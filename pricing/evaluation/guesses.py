@@ -49,10 +49,12 @@ def read_guesses(given: str, items: list[Item]) -> Guesses:
             if by_id.setdefault(row[key], (number, row))[0] != number:
                 raise ValueError(f"{path}, row {number}: {key} {row[key]} stands in row {by_id[row[key]][0]} already")
         if missing := [item.id for item in items if item.id not in by_id]:
-            raise ValueError(f"{path} lacks {len(missing):,} of the {len(items):,} items, the first is {key} {missing[0]}")
+            lacking = f"{len(missing):,} of the {len(items):,} items, the first is {key} {missing[0]}"
+            raise ValueError(f"{path} lacks {lacking}")
         rows = [by_id[item.id] for item in items]
     elif len(rows) != len(items):
-        raise ValueError(f"{path} has {len(rows):,} rows for {len(items):,} items; a column id would say which they are")
+        counts = f"{len(rows):,} rows for {len(items):,} items"
+        raise ValueError(f"{path} has {counts}; a column id would say which they are")
     guesses = []
     for (number, row), item in zip(rows, items, strict=True):
         guesses.append(dollars(row, column, path, number))

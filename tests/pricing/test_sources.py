@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from collections import Counter
 
 import pytest
 from conftest import shared
@@ -77,3 +78,69 @@ def test_a_changed_or_unreachable_download_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="cannot fetch"):
         sources.download((tmp_path / "absent").as_uri(), "0" * 64, target)
     assert list(target.parent.iterdir()) == []
+
+
+def write_items(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A shop of 10 items to train on, 2 to validate and 3 to test; another of 8, 2 of them in its own test split"""
+    splits = ["train"] * 10 + ["val"] * 2 + ["test"] * 3
+    words = "amber birch cedar delta ember flint grove heath ivory jade knoll larch maple north opal".split()
+    ours = [{"title": f"{words[n]} mug", "description": f"mug number {n} of {words[-n]} clay", "price": 5, "split": s}
+            for n, s in enumerate(splits)]  # fmt: skip
+    theirs = [{"title": f"lamp {n} {words[n]}", "price": 9, "split": "test" if n < 2 else "train"} for n in range(8)]
+    theirs[7]["origin"] = "auction"
+    return write_items(tmp_path / "mugs.jsonl", ours), write_items(tmp_path / "lamps.jsonl", theirs)
+
+
+def counts_of(loaded):
+    return Counter((item.origin, item.split) for item in loaded.items)
+
+
+def test_the_first_source_is_tested_on_and_the_others_are_learnt_from(two):
+    loaded = sources.load_sources(list(two))
+    own = {("mugs", "train"): 10, ("mugs", "val"): 2, ("mugs", "test"): 3}
+    assert counts_of(loaded) == own | {("lamps", "train"): 5, ("auction", "train"): 1}  # a row's own origin wins
+    assert [len(part["sha256"]) for part in loaded.identity["sources"]] == [64, 64] and loaded.identity["items"] == 21
+    named = sources.load_sources(list(two), ["kitchen", "light"])
+    assert {item.origin for item in named.items} == {"kitchen", "light", "auction"}
+    assert named.items[0].tagged == f"Origin: kitchen\n{named.items[0].text}"
+    alone = sources.load_sources(two[0])
+    assert {item.origin for item in alone.items} == {""} and alone.items[0].tagged == alone.items[0].text
+
+
+@pytest.mark.parametrize("mix, lamps", [([1, 1], 10), ([2, 1], 5), ([1, 3], 30), ([50, 10], 2)])
+def test_a_mix_takes_the_first_whole_and_samples_or_repeats_the_others(two, mix, lamps):
+    items = sources.load_sources(list(two), mix=mix).items
+    others = Counter(item.title for item in items if item.origin != "mugs")
+    assert sum(item.split == "train" for item in items if item.origin == "mugs") == 10
+    assert others.total() == lamps and max(others.values()) - min(others.values()) <= 1
+    assert len(others) == min(lamps, 6)
+
+
+def test_what_repeats_a_held_out_item_is_not_learnt_from(two, tmp_path):
+    test = json.loads(open(two[0]).read().splitlines()[-1])
+    words = test["description"].split()
+    more = [
+        {"title": test["title"].upper() + "!", "description": "another text altogether", "price": 4},
+        {"text": f"{test['title']}\n{test['description']} Sold by us.", "price": 4},
+        {"title": "something else", "description": " ".join(words[::-1]), "price": 4},
+    ]
+    more[1]["text"] = "\n".join([test["title"], test["description"] + " x"])
+    path = write_items(tmp_path / "more.jsonl", [row | {"split": "train"} for row in more])
+    loaded = sources.load_sources([two[0], path])
+    assert loaded.near == 2 and [item.title for item in loaded.items if item.origin == "more"] == ["something else"]
+
+
+def test_sources_that_cannot_be_told_apart_are_refused(two, tmp_path):
+    with pytest.raises(ValueError, match="two sources of --data are called 'mugs'"):
+        sources.load_sources([two[0], two[0]])
+    with pytest.raises(ValueError, match="--origin takes a name for each of the 2 sources of --data, got 1"):
+        sources.load_sources(list(two), ["mugs"])
+    empty = write_items(tmp_path / "none.jsonl", [{"title": "a", "price": 1, "split": "test"}])
+    with pytest.raises(ValueError, match="--mix: source 2 of --data has no item to train on"):
+        sources.load_sources([two[0], empty], mix=[1, 1])
