@@ -1,7 +1,6 @@
 """Cross-validate options on the reference's items: every row of a table is trained once a fold, and priced there.
 
-    python -m benchmarks.cross_validation --rows benchmarks/reference.json --epochs 8 --batch-tokens 4096 --out cv/
-    python -m benchmarks.cross_validation --rows benchmarks/reference_all.json --first 1 --folds 5 --out cv2000/
+    python -m benchmarks.cross_validation --rows benchmarks/reference.json --epochs 4 --batch-tokens 4096 --out cv/
 
 The 2,000 items are cut into folds by title; each fold is priced by a model that has seen the other folds and the chat
 examples. `--first 251` (the default) leaves items 1 to 250, the test, out: settings are chosen by what is left. Rows
