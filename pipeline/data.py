@@ -11,7 +11,7 @@ from pricing.data.items import Item, Skipped, sample, unseen
 from pricing.data.prompt import Example, encode_items, load_prompt
 from pricing.data.sources import Loaded, load_sources
 
-LONGEST = 384  # tokens of a prompt, where --max-tokens does not say: what is longer is cut
+LEAST, LONGEST = 176, 384  # tokens of a prompt at most, where --max-tokens does not say: by the data, between these
 
 
 @dataclass
@@ -43,11 +43,12 @@ class TrainingData:
 
     def encode(self, items: list[Item], tokenizer, options: argparse.Namespace) -> list[Example]:
         """Items as the run reads them: its prompt, its token limit. Where no limit is given, the first call, with the
-        training items, sets it: to the longest of them, at most LONGEST and --batch-tokens."""
+        training items, sets it: to the longest of them, from LEAST to LONGEST, and what --batch-tokens has room for."""
         if options.max_tokens is None:
             limit = min(LONGEST, options.batch_tokens - 6)  # an answer has at most 6 tokens
             examples = encode_items(items, tokenizer, limit, self.prompt)
-            options.max_tokens = max(len(example.prompt) for example in examples)
+            longest = max(len(example.prompt) for example in examples)
+            options.max_tokens = min(limit, max(LEAST, longest))
             return examples
         return encode_items(items, tokenizer, options.max_tokens, self.prompt)
 

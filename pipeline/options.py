@@ -168,7 +168,7 @@ def add_data(parser) -> None:
     group.add_argument("--prompt", default="first", help="first, second, compact, or a text file with {text} in it")
     group.add_argument(
         "--max-tokens", type=int, default=None,
-        help="tokens of the prompt; longer texts are cut (default: the longest text's, at most 384)",
+        help="tokens of the prompt; longer texts are cut (default: the longest text's, 176 to 384)",
     )  # fmt: skip
     group.add_argument("--strict", action="store_true", help="a bad row is an error instead of a count")
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from conftest import hugging_face_model, tiny_config
 from safetensors.torch import load_file
 from trained_run import metrics_of, priced_items, run
 
+from pipeline.data import TrainingData
 from pipeline.options import training_options
+from pricing.data.items import Item
 
 
 def refusal(*arguments) -> str:
@@ -44,8 +47,29 @@ def test_the_prompt_carries_the_origin_and_run_json_knows_them(both):
 
 def test_the_longest_text_decides_how_many_tokens_are_read(both):
     options = json.loads((both / "both" / "run.json").read_text())["options"]
-    assert 100 < options["max_tokens"] < 200  # bytes: the longest prompt's
+    assert options["max_tokens"] == 176  # at least, as new texts may be longer than those that it learnt from
     assert "longer than --max-tokens" not in (both / "both.txt").read_text()
+
+
+class Letters:
+    """A tokenizer of single signs"""
+
+    def encode_prompt(self, text):
+        return list(map(ord, text))
+
+    encode_answer = encode_prompt
+
+
+@pytest.mark.parametrize("lengths, budget, limit, cut", [
+    ([20, 30], 4096, 176, 0), ([20, 300], 4096, 302, 0), ([20, 900], 4096, 384, 1), ([20, 900], 256, 250, 1),
+])  # fmt: skip
+def test_the_token_limit_follows_the_data(lengths, budget, limit, cut):
+    items = [Item(str(n), "a", "a" * length, 5.0, "", "train") for n, length in enumerate(lengths)]
+    data = TrainingData(2, items, [], [], 0, {}, 0, {}, "{text}\n$", [""])
+    options = Namespace(max_tokens=None, batch_tokens=budget)
+    examples = data.encode(items, Letters(), options)
+    assert options.max_tokens == limit and sum(e.cut > 0 for e in examples) == cut
+    assert all(len(e.prompt) <= limit for e in data.encode(items[:1], Letters(), options))
 
 
 def test_only_the_first_source_is_priced(both):
