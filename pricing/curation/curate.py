@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+
 from common.files import whole_file
 from common.locks import held
 from pricing.curation.candidates import SCHEMA, Candidates, read_inputs

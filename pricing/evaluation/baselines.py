@@ -9,8 +9,8 @@ and always run; the others take minutes on a CPU, so guesses are stored in the u
 
 import hashlib
 import json
-import sys
 import re
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
