@@ -37,7 +37,7 @@ def seal(directory: Path, owned: Iterable[str]) -> None:
     for name in LOOSE.keys() & files.keys():
         files[name]["but_for"] = _but_for(directory / name)
     manifest = {"files": files, "absent": sorted(set(owned) - set(files) - {MANIFEST})}
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (directory / MANIFEST).write_bytes(_written(manifest))
 
 
 def seal_of(directory: str | Path) -> str | None:
@@ -100,7 +100,10 @@ def _settle(directory: Path) -> None:
 
 def _check(directory: Path) -> None:
     try:
-        manifest = json.loads((directory / MANIFEST).read_bytes())
+        manifest = json.loads(written := (directory / MANIFEST).read_bytes())
+        manifest.pop("sha256")
+        if _written(manifest) != written:
+            raise ValueError("its own sha256 is another")
         files = {name: (entry["sha256"], entry.get("but_for")) for name, entry in manifest["files"].items()}
         absent = list(map(str, manifest["absent"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -126,6 +129,12 @@ def inside(directory: Path, name: str) -> Path:
     if not path.resolve().is_relative_to(directory.resolve()):
         raise ValueError(f"{path} leads out of {directory}; put the file itself there")
     return path
+
+
+def _written(manifest: dict) -> bytes:
+    """manifest.json, with a sha256 of its own"""
+    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return (json.dumps(manifest | {"sha256": digest}, indent=1) + "\n").encode()
 
 
 def _but_for(path: Path) -> dict | None:
