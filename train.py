@@ -232,7 +232,7 @@ def train(args: argparse.Namespace, numerics: dict | None = None) -> None:
         checkpoint.save(run, out, progress.counts, progress.metrics, calibration, error)
 
     # ---- steps; then a last check and the checkpoint
-    with Stop("finishing this step, then saving") as stop:
+    with Stop("finishing this step, then saving") as stop, progress.bar:
         saved = loop(run, progress, take_step, stream, shape, stop, check, store)
         if stop.signal and progress.step < total:
             stop.leave(checkpoint.save_early(args, progress, saved, store))
