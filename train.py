@@ -224,7 +224,8 @@ def train(args: argparse.Namespace, numerics: dict | None = None) -> None:
     progress = Progress(total, device, args.log_every, counts, metrics)
 
     def check() -> bool:
-        return progress.check(*validate(run, data.val, tokenizer, tree))
+        error, guesses = validate(run, data.val, tokenizer, tree)
+        return progress.check(error, len(data.val), guesses)
 
     def store() -> None:
         chosen = sample(data.all_val, MOST_CALIBRATION) if data.val else []  # for ranges that hold what they promise

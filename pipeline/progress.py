@@ -117,11 +117,13 @@ class Progress:
         self.bar.set_postfix_str(f"loss {loss:.3f}{self.note}, {speed}", refresh=False)
         self.bar.update()
 
-    def check(self, error: float, calibration: dict[str, np.ndarray]) -> bool:
-        """Note the validation error of the weights of now, and what they say of the items. Are they the best so far?"""
-        items, guess = len(calibration["price"]), in_dollars(calibration["digits"][:, MIDDLE])
-        where = {"$1": (guess < 1.5) & (calibration["price"] > 2), "$999": (guess > 998) & (calibration["price"] < 990)}
-        self.at_bounds = next((bound for bound, at in where.items() if at.all()), None)
+    def check(self, error: float, items: int, guesses: dict[str, np.ndarray] | None = None) -> bool:
+        """Note the validation error of the weights of now, and whether their guesses (pipeline/prediction.py's
+        `validate`) all lie at a bound. Are they the best so far?"""
+        if guesses:
+            guess, price = in_dollars(guesses["digits"][:, MIDDLE]), guesses["price"]
+            where = {"$1": (guess < 1.5) & (price > 2), "$999": (guess > 998) & (price < 990)}
+            self.at_bounds = next((bound for bound, at in where.items() if at.all()), None)
         self.metrics.append({"step": self.step, "val_mae_dollars": error})
         self.note = f", off by ${error:.2f} on {items} validation items"
         return min(self.checks)[1] == self.step

@@ -194,10 +194,10 @@ def test_a_run_that_learnt_nothing_says_so(place, tmp_path):
 def test_guesses_that_all_lie_at_a_bound_are_called_nothing_learnt(price, bound, capsys):
     progress = Progress(4, None, 1, {"step": 2, "seconds": 1.0, "tokens": 5, "finite": 1}, [])
     calibration = {"price": np.array([20.0, 300.0]), "digits": np.log(np.full((2, 21), price))}
-    progress.check(5.0, calibration)
+    progress.check(5.0, 2, calibration)
     progress.judge()
     assert f"nothing was learnt: every validation item is guessed at {bound}" in capsys.readouterr().out
-    progress.check(5.0, calibration | {"digits": np.log([[price] * 21, [30.0] * 21])})
+    progress.check(5.0, 2, calibration | {"digits": np.log([[price] * 21, [30.0] * 21])})
     progress.last_loss = float("nan")
     progress.judge()
     said = capsys.readouterr().out
