@@ -61,7 +61,7 @@ def write_directory(out: str | Path) -> Iterator[Path]:
     out = Path(os.path.realpath(out))  # through a symbolic link, to where the files really lie
     part = _beside(out, directory=True)
     try:
-        with _named(out), in_use(part):
+        with _named(out, part), in_use(part):
             yield part
             _make_durable(part)
             try:
@@ -93,7 +93,7 @@ def update_directory(out: str | Path, owned: Iterable[str], last: str | None = N
     except OSError as error:
         raise OSError(f"{out} cannot be written: {error.strerror}") from None
     try:
-        with _named(out), in_use(part):
+        with _named(out, part), in_use(part):
             yield part
             files = sorted(str(path.relative_to(part)) for path in part.rglob("*") if path.is_file())
             files.sort(key=lambda name: name == last)
@@ -200,12 +200,14 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _named(out: Path) -> Iterator[None]:
+def _named(out: Path, part: Path | None = None) -> Iterator[None]:
     """A full disk or a failing one, which whoever writes reports without a name -> OSError in one line that names
-    `out`"""
+    `out`; so does what names a file of `part`, which is gone when the line is read"""
     try:
         yield
     except OSError as error:
+        if error.errno is None and part and str(part) in str(error):
+            raise OSError(str(error).replace(str(part), str(out))) from None
         if error.errno not in FULL and (error.errno not in FAILING or error.filename is not None):
             raise
         raise OSError(f"{out} cannot be written: {error.strerror}") from None

@@ -236,6 +236,14 @@ def test_an_update_follows_no_link_out_of_its_directory(tmp_path):
     assert (tmp_path / "run" / "state" / "c").read_text() == "new" and not (tmp_path / "run" / "state").is_symlink()
 
 
+@pytest.mark.parametrize("writer", [write_directory, update])
+def test_a_disk_that_is_full_at_a_file_within_names_that_file_where_it_would_be(tmp_path, writer):
+    with pytest.raises(OSError) as error:
+        with writer(tmp_path / "out") as part, whole_file(part / "a"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(error.value) == f"{tmp_path / 'out' / 'a'} cannot be written: No space left on device"
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_update_that_fails_leaves_the_old_files(tmp_path, error):
     fill(tmp_path / "run", "first", "a", "b")

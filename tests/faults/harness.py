@@ -202,7 +202,8 @@ def full_disk(place: Place, points: tuple = (0, 3, 8)) -> None:
     for number in points:
         out = place.new()
         code, said = place.train(out, before=nth_call(number, full))
-        told = code == 2 and one_line(said) and f"{place.folder / out} cannot be written: No space left" in said
+        told = code == 2 and one_line(said) and f"error: {place.folder / out}" in said and ".saving" not in said
+        told = told and "cannot be written: No space left" in said
         if place.note("full disk, said", f"call {number}", told, said):
             place.goes_on("full disk, gone on from", f"call {number}", out)
 
