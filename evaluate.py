@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before PyTorch is imported, which takes seconds: -
     ARGUMENTS = evaluation_options(__doc__)
 
 import argparse
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.cli import run_main
-from common.files import write_directory
+from common.files import update_directory
 from pipeline.checkpoint import read_run
 from pipeline.data import run_items, sources, trained_on, training_items
 from pipeline.models import pick_device, pick_dtype
@@ -41,7 +42,7 @@ from pricing.evaluation.compare import compare_reports
 from pricing.evaluation.console import show_guess, table
 from pricing.evaluation.guesses import is_reference, published_guesses, read_guesses
 from pricing.evaluation.metrics import colour, paired_difference, score
-from pricing.evaluation.report import comparison_table, headline, write_report
+from pricing.evaluation.report import REPORT, comparison_table, headline, write_report
 
 BLEND = "fine-tuned, blended with forest and network"
 BLENDED = ("random forest", "residual network")
@@ -206,11 +207,14 @@ def main(args: argparse.Namespace) -> None:
 
     # ---- report ----------------------------------------------------------------------------------------------------
     out = Path(args.ckpt) / ("report" if args.split == "test" else "report_val")
-    with write_directory(out) as part:
-        sentence = describe(predictor, args, pricing["decode"], len(train))
-        write_report(part, metrics, test, guess, interval, comparison, sentence)
     print(table(*comparison_table(comparison)))
     print(headline(metrics, fallback))
+    if out.is_symlink():
+        print(f"{out} was a symbolic link, which a directory replaces; {out.resolve()} is as it was", file=sys.stderr)
+        out.unlink()
+    with update_directory(out, REPORT) as part:
+        sentence = describe(predictor, args, pricing["decode"], len(train))
+        write_report(part, metrics, test, guess, interval, comparison, sentence)
     print(f"report in {out}/report.html")
 
 

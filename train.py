@@ -14,7 +14,6 @@ if __name__ == "__main__":  # before PyTorch is imported, which takes seconds: -
     ARGUMENTS = training_options(__doc__)
 
 import argparse
-import gc
 import math
 import time
 from functools import partial
@@ -26,24 +25,26 @@ import torch
 from torch import Tensor
 
 from common.cli import run_main
+from common.stop import Stop
 from llama.attention import Layout
 from llama.model import Llama
-from lora.adapter import load_adapter
 from lora.inject import inject, lora_layers
 from lora.optim import FlatParameter, capturable, make_optimiser
 from pipeline import checkpoint
-from pipeline.checkpoint import COMPLETE, TrainingRun, check_start, load_metrics, load_state, member_path, read_run
+from pipeline.checkpoint import TrainingRun, load_metrics, load_trained, open_run
+from pipeline.claim import claimed, members
 from pipeline.data import load_training_data
 from pipeline.models import READABLE, fast, load_base, open_base, peak_memory, pick_device, pick_dtype, plan_memory
 from pipeline.prediction import start_price_head, validate
 from pipeline.predictor import MOST_CALIBRATION
 from pipeline.progress import Progress, one_behind, print_setup
+from pipeline.state import load_state
 from pipeline.steps import make_step
 from pricing.data.batch import batches, count_batches, pack, shape_of
 from pricing.data.items import sample
 from pricing.distribution.decode import PriceTree
 from pricing.distribution.loss import AnswerLoss
-from pricing.distribution.quantile_head import JointLoss, load_head
+from pricing.distribution.quantile_head import JointLoss
 
 # ---- one training step ----------------------------------------------------------------------------------------------
 
@@ -92,13 +93,13 @@ def prepare_model(args, config, directory, device, dtype, examples, numerics: di
     of the run that goes on. Returns (model, price head or None)."""
     model = load_base(config, directory, device, dtype, args, numerics["head8"], host_embed)
     if earlier := args.out if args.resume else args.start_from:
-        load_adapter(model, Path(earlier))
+        price_head = load_trained(model, earlier, args.head)
     else:
         inject(model, rank=args.rank, alpha=args.alpha, dropout=args.dropout, rslora=args.rslora, targets=args.targets)
     model.train()
     if args.head == "none":
         return model, None
-    price_head = load_head(Path(earlier)) if earlier else start_price_head(model, examples, args.batch_tokens)
+    price_head = price_head if earlier else start_price_head(model, examples, args.batch_tokens)
     return model, price_head.to(device).requires_grad_(True)
 
 
@@ -113,20 +114,22 @@ def learning_rate(progress: float, peak: float, schedule: str, warmup: float) ->
     return peak * {"cosine": 0.5 * (1 + math.cos(math.pi * rest)), "linear": 1 - rest, "constant": 1.0}[schedule]
 
 
-def start_steps(args, take_step: Callable, stream: Iterator, shape, progress: Progress, last: int) -> Iterator[tuple]:
-    """Start the steps up to `last`, or until the batches or the minutes run out: (number, rate, tokens, its outcome)"""
+def start_steps(args, take_step: Callable, stream: Iterator, shape, progress, stop: Stop, last) -> Iterator[tuple]:
+    """Start the steps up to `last`, or until a signal comes, or the batches or the minutes run out: (number, rate,
+    tokens, its outcome)"""
     for number in range(progress.step + 1, last + 1):
         share = (number - 0.5) / progress.total  # of the run; the middle of the step, so that no rate is 0
         if args.max_minutes:
             share = max(share, progress.elapsed() / (60 * args.max_minutes))
-        window = [] if share >= 1 else [pack(chosen, shape) for chosen in islice(stream, args.accumulate)]
+        over = share >= 1 or stop.signal
+        window = [] if over else [pack(chosen, shape) for chosen in islice(stream, args.accumulate)]
         if not window:
             return
         rate = learning_rate(share, args.lr, args.schedule, args.warmup)
         yield number, rate, sum(batch.real_tokens for batch in window), take_step(window, rate)
 
 
-def loop(run: TrainingRun, progress: Progress, take_step, stream, shape, check, store) -> int | None:
+def loop(run: TrainingRun, progress: Progress, take_step, stream, shape, stop, check, store) -> int | None:
     """Steps in segments, each up to the next check or save; `check` says whether it was the best so far.
 
     Returns the step that was saved last, if one was.
@@ -137,9 +140,9 @@ def loop(run: TrainingRun, progress: Progress, take_step, stream, shape, check, 
         ends = [total] + [progress.step + n - progress.step % n for n in (val_every, args.save_every) if n]
         end = min(ends)
         # A recorded step is queued before the one ahead of it is read, so that the GPU never waits.
-        for number, rate, tokens, read in one_behind(start_steps(args, take_step, stream, shape, progress, end)):
+        for number, rate, tokens, read in one_behind(start_steps(args, take_step, stream, shape, progress, stop, end)):
             progress.report(number, rate, tokens, *read())
-        if progress.step < end or end == total:  # the minutes have run out, or all is done
+        if progress.step < end or end == total:  # a signal came, the minutes are over, or all is done
             break
         saving = bool(args.save_every) and end % args.save_every == 0
         if run.data.val and end % val_every == 0:
@@ -160,6 +163,7 @@ def finish(args, data, progress: Progress, check: Callable, store: Callable) -> 
         if not progress.checks or progress.checks[-1][1] != progress.step:
             check()
         print(f"validation off by ${progress.checks[-1][0]:.2f} on {len(data.val)} items")
+    progress.judge()
     if args.keep == "last" or min(progress.checks)[1] == progress.step:
         progress.stop_clock()
         store()
@@ -173,11 +177,9 @@ def finish(args, data, progress: Progress, check: Callable, store: Callable) -> 
 
 def train(args: argparse.Namespace, numerics: dict | None = None) -> None:
     """One member. `numerics`: what memory decided of an earlier part of the same run's numbers (run.json's `plan`)"""
-    out, device, earlier = Path(args.out), pick_device(args.device), read_run(args.out) if args.resume else None
-    if earlier and (out / COMPLETE).is_file():
+    out, device, earlier = Path(args.out), pick_device(args.device), open_run(args.out) if args.resume else None
+    if earlier and checkpoint.is_complete(out):
         return print(f"trained    {earlier['steps']:,} steps: {out}/ is complete")
-    if not args.explain_memory:
-        check_start(out, earlier)
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
 
@@ -222,7 +224,8 @@ def train(args: argparse.Namespace, numerics: dict | None = None) -> None:
     progress = Progress(total, device, args.log_every, counts, metrics)
 
     def check() -> bool:
-        return progress.check(validate(run, data.val, tokenizer, tree)[0], len(data.val))
+        error, guesses = validate(run, data.val, tokenizer, tree)
+        return progress.check(error, len(data.val), guesses)
 
     def store() -> None:
         chosen = sample(data.all_val, MOST_CALIBRATION) if data.val else []  # for ranges that hold what they promise
@@ -230,29 +233,22 @@ def train(args: argparse.Namespace, numerics: dict | None = None) -> None:
         checkpoint.save(run, out, progress.counts, progress.metrics, calibration, error)
 
     # ---- steps; then a last check and the checkpoint
-    saved = loop(run, progress, take_step, stream, shape, check, store)
-    if saved != progress.step:  # a resumed run that was complete already has nothing to add
-        finish(args, data, progress, check, store)
-    (out / COMPLETE).touch()
+    with Stop("finishing this step, then saving") as stop, progress.bar:
+        saved = loop(run, progress, take_step, stream, shape, stop, check, store)
+        if stop.signal and progress.step < total:
+            stop.leave(checkpoint.save_early(args, progress, saved, store))
+        if saved != progress.step:  # a resumed run that was complete already has nothing to add
+            finish(args, data, progress, check, store)
+        checkpoint.mark_complete(out)
+        stop.leave(f"{out}/ is complete")
     print(f"trained    {progress.step:,} steps in {progress.summary()}; checkpoint in {out}/")
 
 
 def main(args: argparse.Namespace) -> None:
     """Train every member; the first is the checkpoint --out itself, the others lie in its members/."""
-    options = vars(args) | (read_run(args.out)["options"] if args.resume else {})
-    for number in range(options["members"]):
-        out, start = member_path(args.out, number), options["start_from"]
-        chosen = options | {"out": str(out), "device": args.device, "resume": args.resume and out.is_dir()}
-        chosen |= {"seed": options["seed"] + number, "start_from": start and str(member_path(start, number))}
-        chosen |= {"members": 1 if number else options["members"]}
-        if options["members"] > 1:
-            print(f"member     {number + 1} of {options['members']}")
-        earlier = read_run(args.out) if number or chosen["resume"] else {}  # of the same run: its numerics stay
-        train(argparse.Namespace(**chosen), earlier.get("plan"))
-        gc.collect()  # what one member took of the memory, the plan of the next may use
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+    with claimed(args):  # nobody else trains into --out meanwhile
+        for member, numerics in members(args):
+            train(member, numerics)
     print(f"now run    python evaluate.py --ckpt {args.out}/")
 
 

@@ -12,10 +12,10 @@ import urllib.request
 from pathlib import Path
 from typing import Callable
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from common.files import whole_file
+from common.locks import held
 
 # kind -> (the hub's own word, what stands before a name in a sentence, what a gated one asks to accept)
 KINDS = {"model": ("model", "", "licence"), "data set": ("dataset", "data set ", "terms")}
@@ -37,7 +37,7 @@ def once(name: str, make: Callable[[Path], None]) -> Path:
     out = cache_directory() / name
     out.parent.mkdir(parents=True, exist_ok=True)
     if not out.is_dir():
-        with FileLock(f"{out}.lock"):
+        with held(f"{out}.lock", f"{out} is being made by", wait=True):
             if not out.is_dir():  # another process may have made it while this one waited
                 make(out)
     return out

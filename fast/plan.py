@@ -46,10 +46,12 @@ class Plan:
 
 def parse_bytes(text: str) -> int:
     """`6GiB`, `6144MiB`, `6e9` -> bytes. Raises ValueError."""
-    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(GiB|MiB|GB|MB|)", text.strip())
+    match = re.fullmatch(r"([0-9]+\.?[0-9]*(?:e[0-9]+)?)\s*(GiB|MiB|GB|MB|)", text.strip())
     if not match:
         raise ValueError(f"{text!r} is no amount of memory; write 6GiB or 6144MiB")
     size = float(match[1]) * {"GiB": GIB, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6, "": 1}[match[2]]
+    if size >= 1 << 60:
+        raise ValueError(f"{text!r} is more memory than there is; write 6GiB or 6144MiB")
     if size < 1 << 20:
         raise ValueError(f"{text!r} is {size:,.0f} bytes; write 6GiB or 6144MiB")
     return int(size)

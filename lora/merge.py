@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from common.cli import make_parser, run_main
 from common.files import write_directory
+from common.manifest import read_whole
 from lora.adapter import CONFIG, WEIGHTS
 from lora.layer import PREFIX
 from lora.phi3 import read_split
@@ -75,7 +76,7 @@ def read_tensors(shard: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def merge(ckpt: Path, base: Path, out: Path) -> int:
     """Write `out`; returns the number of merged matrices. Raises ValueError where adapter and base do not fit."""
-    adapter, split, scaling, quant = read_adapter(ckpt)
+    adapter, split, scaling, quant = read_whole(ckpt, lambda: read_adapter(ckpt))
     if out.exists():
         raise ValueError(f"{out} exists; choose another name")
     shards = sorted(base.glob("*.safetensors"))

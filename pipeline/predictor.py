@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.manifest import read_whole, seal_of
 from lora.adapter import load_adapter
 from pipeline.checkpoint import (
     CALIBRATION,
-    COMPLETE,
     adapter_digest,
+    is_complete,
     member_paths,
+    open_run,
     read_calibration,
     read_run,
 )
@@ -63,21 +65,32 @@ class Predictor:
     """
 
     def __init__(self, ckpt: str | Path, device: torch.device, dtype: torch.dtype, origin: str | None = None):
-        self.record = read_run(ckpt)
-        self.options, self.origin = self.record["options"], origin_of(self.record, origin)
-        self.paths = member_paths(ckpt, self.options)
-        for path in self.paths[1:]:
-            other, same = read_run(path), ("base_model", "prompt", "data", "compute_dtype")
-            if any(other.get(key) != self.record.get(key) for key in same):
-                raise ValueError(f"{path} was not trained as {ckpt} was: they are not members of one run")
-        self.heads = self._open_heads()
-        if (Path(ckpt) / "state").is_dir() and not (Path(ckpt) / COMPLETE).is_file():
-            steps = f"saved at step {self.record['steps']:,} of a run that has not come to its end"
-            print(f"{ckpt} was {steps}: train.py --resume --out {ckpt}", file=sys.stderr)
-        self.model, self.tokenizer = self._open_model(device, dtype)
-        self.heads = [head and head.to(device) for head in self.heads]
+        self.model, self.asked_origin = None, origin
+        read_run(ckpt)  # says best what is no run at all
+        read_whole(ckpt, lambda: self._open(ckpt, device, dtype))
         self.active = 0  # the member whose adapter is in the model
         self.tree = PriceTree.build(self.tokenizer.encode_answer)
+
+    def _open(self, ckpt: str | Path, device: torch.device, dtype: torch.dtype) -> None:
+        """All that is read of the run, but for its further members' adapters"""
+        base = self.model and self.record["options"]
+        self.record = read_run(ckpt)
+        self.options, self.origin = self.record["options"], origin_of(self.record, self.asked_origin)
+        self.paths = member_paths(ckpt, self.options)
+        for path in self.paths[1:]:
+            other, same = open_run(path), ("base_model", "prompt", "data", "compute_dtype")
+            if any(other.get(key) != self.record.get(key) for key in same):
+                raise ValueError(f"{path} was not trained as {ckpt} was: they are not members of one run")
+        heads = self._open_heads()
+        self.seals, self.calibrations = list(map(seal_of, self.paths)), list(map(read_calibration, self.paths))
+        if (Path(ckpt) / "state").is_dir() and not is_complete(ckpt):
+            steps = f"saved at step {self.record['steps']:,} of a run that has not come to its end"
+            print(f"{ckpt} was {steps}: train.py --resume --out {ckpt}", file=sys.stderr)
+        if base != self.options:  # it is not being read again
+            self.model, self.tokenizer = self._open_model(device, dtype)
+        else:
+            load_adapter(self.model, self.paths[0])
+        self.heads = [head and head.to(device) for head in heads]
 
     def _open_heads(self) -> list[PriceHead | None]:
         heads = [open_head(path) if (path / FILE).is_file() else None for path in self.paths]
@@ -122,6 +135,8 @@ class Predictor:
             if number != self.active:
                 load_adapter(self.model, path)
                 self.active = number
+                if seal_of(path) != self.seals[number]:
+                    raise ValueError(f"{path} was saved again while it was being priced with; start again")
             is_last = number == len(self.paths) - 1
 
             def pass_on(indices, part, earlier=total, number=number):
@@ -134,7 +149,7 @@ class Predictor:
 
     def calibration(self, decode: str) -> tuple[np.ndarray, np.ndarray]:
         """Predictions (m, 21) of the run's validation items, as train.py left them, and their prices (m,) dollars"""
-        parts = [read_calibration(path) for path in self.paths]
+        parts = self.calibrations
         if any(not np.array_equal(part["price"], parts[0]["price"]) for part in parts):
             raise ValueError(f"the members of {self.paths[0]} were calibrated on different validation items")
         price, kinds = parts[0]["price"], {"head": ["head"], "blend": ["digits", "head"]}.get(decode, ["digits"])

@@ -12,8 +12,10 @@ from tqdm import tqdm
 from pipeline.checkpoint import TrainingRun
 from pipeline.models import memory_report, peak_memory
 from pricing.data.prompt import Example, describe_cuts
+from pricing.distribution.intervals import MIDDLE, in_dollars
 from pricing.evaluation.console import show_example
 
+TO_DO = "lower --lr, or check the data"
 BAD_STEPS = 10  # in a row, without a finite loss: the run ends
 T = TypeVar("T")
 
@@ -64,7 +66,9 @@ class Progress:
 
     def __init__(self, total: int, device: torch.device, log_every: int, counts: dict | None, metrics: list[dict]):
         self.total, self.device, self.log_every = total, device, log_every
-        self.counts = counts or {"step": 0, "seconds": 0.0, "tokens": 0}
+        self.counts = counts or {"step": 0, "seconds": 0.0, "tokens": 0, "finite": 0}
+        self.counts.setdefault("finite", self.step)  # of versions that did not count them
+        self.last_loss, self.at_bounds = None, None  # of the last step; where all guesses of the last check lie, if so
         self.metrics, self.bad_steps, self.note = metrics, 0, ""
         self.began = time.perf_counter() - self.seconds
         self.bar = tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True)
@@ -97,7 +101,8 @@ class Progress:
         """Write down what a step gave. Raises ValueError where nothing has been finite for BAD_STEPS steps."""
         self.counts.update(step=step, seconds=self.elapsed(), tokens=self.tokens + tokens)
         finite, memory = math.isfinite(loss) and math.isfinite(norm), peak_memory(self.device)
-        self.bad_steps = 0 if finite else self.bad_steps + 1
+        self.bad_steps, self.last_loss = 0 if finite else self.bad_steps + 1, loss
+        self.counts["finite"] += finite
         if not finite:  # the step has left the weights as they were
             tqdm.write(f"step {step}: loss {loss}, gradient {norm}: not finite, left out", file=sys.stderr)
             if self.bad_steps == BAD_STEPS:
@@ -112,11 +117,25 @@ class Progress:
         self.bar.set_postfix_str(f"loss {loss:.3f}{self.note}, {speed}", refresh=False)
         self.bar.update()
 
-    def check(self, error: float, items: int) -> bool:
-        """Note the validation error of the weights of now. Are they the best so far?"""
+    def check(self, error: float, items: int, guesses: dict[str, np.ndarray] | None = None) -> bool:
+        """Note the validation error of the weights of now, and whether their guesses (pipeline/prediction.py's
+        `validate`) all lie at a bound. Are they the best so far?"""
+        if guesses:
+            guess, price = in_dollars(guesses["digits"][:, MIDDLE]), guesses["price"]
+            where = {"$1": (guess < 1.5) & (price > 2), "$999": (guess > 998) & (price < 990)}
+            self.at_bounds = next((bound for bound, at in where.items() if at.all()), None)
         self.metrics.append({"step": self.step, "val_mae_dollars": error})
         self.note = f", off by ${error:.2f} on {items} validation items"
         return min(self.checks)[1] == self.step
+
+    def judge(self) -> None:
+        """Say plainly where a run has learnt nothing. Raises ValueError where no step had a finite loss."""
+        if self.step and not self.counts["finite"]:
+            raise ValueError(f"nothing was learnt: none of the {self.step:,} steps had a finite loss; {TO_DO}")
+        if self.last_loss is not None and not math.isfinite(self.last_loss):
+            print(f"warning    nothing is learnt any more: the last step's loss is {self.last_loss}; {TO_DO}")
+        if self.at_bounds:
+            print(f"warning    nothing was learnt: every validation item is guessed at {self.at_bounds}; {TO_DO}")
 
     def summary(self) -> str:
         return f"{self.seconds:,.0f} s, {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s over all"

@@ -32,9 +32,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from filelock import FileLock, Timeout
 
 from common.files import whole_file
+from common.locks import held
 from pricing.curation.candidates import SCHEMA, Candidates, read_inputs
 from pricing.curation.duplicates import bands_for, check_threshold, drop_exact, drop_near
 from pricing.curation.raw import Options, check_input
@@ -55,11 +55,22 @@ def write_items(candidates: Candidates, fate: np.ndarray, path: Path) -> None:
                 writer.write_table(table.append_column(schema.field("split"), column))
 
 
+def work_directory(out: Path) -> Path:
+    """What a run has read so far; removed when it has come to its end"""
+    return out.parent / f".{out.name}.work"
+
+
 def check(inputs: list[Path], out: Path, near: float, workers: int) -> None:
     """Raises ValueError, in one line, for options and inputs that would end the run later."""
     if out.suffix != ".parquet":
         raise ValueError(f"--out {out}: the name must end in .parquet")
-    for path in (out, out.with_suffix(".json")):
+    work, described = work_directory(out), out.with_suffix(".json")
+    if work.is_dir() and described.is_file():  # of a run that was killed at its very end
+        if out.exists():
+            shutil.rmtree(work, ignore_errors=True)
+        else:
+            described.unlink(missing_ok=True)  # written first, by a run that goes on now
+    for path in (out, described):
         if path.exists():
             raise ValueError(f"{path} exists; choose another name or remove it")
     if near:
@@ -91,7 +102,7 @@ def curate(
     broken record.
     """
     check(inputs, out, near, workers)
-    work = out.parent / f".{out.name}.work"
+    work = work_directory(out)
     work.mkdir(parents=True, exist_ok=True)
     clock, seconds = time.perf_counter(), {}
 
@@ -100,34 +111,31 @@ def curate(
         seconds[stage] = time.perf_counter() - clock
         clock = time.perf_counter()
 
-    try:
-        with FileLock(work / "lock", timeout=0):
-            options = Options(preset, near, seed)
-            directories = read_inputs(inputs, work, options, workers, strict)
-            lap("read and rules")
-            with Candidates(directories) as candidates:
-                fate = np.zeros(len(candidates), np.uint8)
-                drop_exact(candidates.column(0), fate, EXACT)
-                lap("exact duplicates")
-                if near:
-                    bands = (candidates.column(2 + band) for band in range(bands_for(near)[0]))
-                    drop_near(bands, candidates.shingles, near, fate, NEAR)
-                    lap("near-duplicates")
-                draw(candidates, fate, preset, seed)
-                split(candidates, fate, preset.sizes, seed)
-                lap("draw and split")
-                if TRAIN not in fate:
-                    raise ValueError(f"no item is left to train on: {reasons_of(summary(candidates, fate, {}))}")
-                leaking = find_leaks(candidates, fate, near or 0.8, leaks == "remove")
-                lap("leaks")
-                report = summary(candidates, fate, leaking)
-                with whole_file(out) as items, whole_file(out.with_suffix(".json")) as described:
-                    write_items(candidates, fate, items)
-                    described.write_text(json.dumps(report, indent=2) + "\n")
-                lap("write")
-            shutil.rmtree(work)
-    except Timeout:
-        raise ValueError(f"another run is writing {out}; wait for it, or choose another name") from None
+    with held(work / "lock", f"another run is writing {out}:"):
+        options = Options(preset, near, seed)
+        directories = read_inputs(inputs, work, options, workers, strict)
+        lap("read and rules")
+        with Candidates(directories) as candidates:
+            fate = np.zeros(len(candidates), np.uint8)
+            drop_exact(candidates.column(0), fate, EXACT)
+            lap("exact duplicates")
+            if near:
+                bands = (candidates.column(2 + band) for band in range(bands_for(near)[0]))
+                drop_near(bands, candidates.shingles, near, fate, NEAR)
+                lap("near-duplicates")
+            draw(candidates, fate, preset, seed)
+            split(candidates, fate, preset.sizes, seed)
+            lap("draw and split")
+            if TRAIN not in fate:
+                raise ValueError(f"no item is left to train on: {reasons_of(summary(candidates, fate, {}))}")
+            leaking = find_leaks(candidates, fate, near or 0.8, leaks == "remove")
+            lap("leaks")
+            report = summary(candidates, fate, leaking)
+            with whole_file(out) as items, whole_file(out.with_suffix(".json")) as described:
+                write_items(candidates, fate, items)
+                described.write_text(json.dumps(report, indent=2) + "\n")
+            lap("write")
+        shutil.rmtree(work)
     return report | {"seconds": seconds}
 
 

@@ -10,6 +10,7 @@ and always run; the others take minutes on a CPU, so guesses are stored in the u
 import hashlib
 import json
 import re
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -215,7 +216,10 @@ def run_baselines(train: list[Item], test: list[Item], every: bool, device: str 
         seconds = round(time.perf_counter() - started, 2)
         results[name] = {"seconds": seconds, "guess": [round(float(g), 2) for g in guess]}
     if missing:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as part:
-            part.write_text(json.dumps(results))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as part:
+                part.write_text(json.dumps(results))
+        except OSError as error:  # a cache that may only be read
+            print(f"the baselines' guesses are not kept: {error}", file=sys.stderr)
     return {name: results[name] | {"guess": np.array(results[name]["guess"])} for name in names}

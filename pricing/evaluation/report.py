@@ -15,6 +15,7 @@ from pricing.data.items import Item
 from pricing.evaluation.console import signed
 from pricing.evaluation.metrics import colour
 
+REPORT = ("metrics.json", "predictions.csv", "scatter.png", "comparison.png", "report.html")  # its files
 COLUMNS = ["id", "title", "truth", "guess", "low", "high", "error", "colour"]  # of predictions.csv
 PAGE = Path(__file__).with_name("page.html")
 PAINT = {"green": "#2a9d4a", "yellow": "#d9a400", "red": "#c8332b"}

@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 
 from common import files
-from common.files import check_writable, whole_file, write_directory
+from common.files import recover, update_directory, whole_file, write_directory
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def update(out):
+    return update_directory(out, ["a", "b"])
 
 
 @pytest.fixture
@@ -132,7 +136,7 @@ def test_a_directory_that_cannot_be_synced_is_no_error(tmp_path, writer, number,
 
 
 @pytest.mark.parametrize("writer", [whole_file, write_directory])
-@pytest.mark.parametrize("what, number", [("file", errno.EINVAL), ("directory", errno.EIO)])
+@pytest.mark.parametrize("what, number", [("file", errno.EINVAL), ("file", errno.EIO), ("directory", errno.ENOSPC)])
 def test_a_sync_that_fails_in_earnest_is_an_error(tmp_path, writer, what, number, monkeypatch):
     fsync = os.fsync
 
@@ -142,27 +146,22 @@ def test_a_sync_that_fails_in_earnest_is_an_error(tmp_path, writer, what, number
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", failing)
-    with pytest.raises(OSError, match=os.strerror(number)):
+    with pytest.raises(OSError, match=f"{tmp_path / 'out'} cannot be written: {os.strerror(number)}"):
         with writer(tmp_path / "out") as part:
             (part if writer is whole_file else part / "a").write_text("new")
     assert set(os.listdir(tmp_path)) <= {"out"}
 
 
-def test_an_entry_that_cannot_be_synced_leaves_the_new_directory_alone(tmp_path, monkeypatch):
-    with write_directory(tmp_path / "run") as part:
-        (part / "a").write_text("first")
-    fsync = os.fsync
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EINVAL, errno.EIO])
+@pytest.mark.parametrize("writer", [whole_file, write_directory, update])
+def test_a_mount_that_knows_no_modes_is_no_error(tmp_path, writer, number, monkeypatch):
+    def refuse(self, mode, **options):
+        raise OSError(number, os.strerror(number), str(self))
 
-    def failing(descriptor):
-        if os.path.realpath(f"/proc/self/fd/{descriptor}") == os.path.realpath(tmp_path):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", failing)
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        with write_directory(tmp_path / "run") as part:
-            (part / "a").write_text("second")
-    assert os.listdir(tmp_path) == ["run"] and (tmp_path / "run" / "a").read_text() == "second"
+    monkeypatch.setattr(Path, "chmod", refuse)
+    with writer(tmp_path / "out") as part:
+        (part if writer is whole_file else part / "a").write_text("new")
+    assert os.listdir(tmp_path) == ["out"]
 
 
 # ---- directories ---------------------------------------------------------------------------------------------------
@@ -181,70 +180,142 @@ def test_a_directorys_contents_are_synced_then_renamed_then_the_entry_is_synced(
     assert (tmp_path / "run" / "a").stat().st_mode & 0o777 == 0o644
 
 
-def test_an_interrupted_write_leaves_the_old_directory(tmp_path):
-    with write_directory(tmp_path / "run") as part:
-        (part / "a").write_text("first")
-    with pytest.raises(KeyboardInterrupt):
-        with write_directory(tmp_path / "run") as part:
-            (part / "a").write_text("half")
-            raise KeyboardInterrupt
-    assert (tmp_path / "run" / "a").read_text() == "first"
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
-
-
-def test_the_new_directory_replaces_the_old_one_whole(tmp_path):
-    with write_directory(tmp_path / "deep" / "run") as part:
-        (part / "a").write_text("first")
-    with write_directory(tmp_path / "deep" / "run") as part:
-        (part / "b").write_text("second")
-        assert os.listdir(tmp_path / "deep" / "run") == ["a"]
-    assert os.listdir(tmp_path / "deep" / "run") == ["b"] and os.listdir(tmp_path / "deep") == ["run"]
-
-
-def test_a_failure_between_the_two_renames_puts_the_old_directory_back(tmp_path, monkeypatch):
-    with write_directory(tmp_path / "run") as part:
-        (part / "a").write_text("first")
-    rename, calls = os.rename, []
-
-    def failing(source, target):
-        calls.append(source)
-        if len(calls) == 2:
-            raise OSError("disk gone")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(OSError, match="disk gone"):
+def test_a_directory_that_another_process_has_written_meanwhile_is_not_replaced(tmp_path):
+    with pytest.raises(OSError, match=f"{tmp_path / 'run'} cannot be written: it exists, and holds something"):
         with write_directory(tmp_path / "run") as part:
             (part / "a").write_text("second")
-    assert (tmp_path / "run" / "a").read_text() == "first"
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
-
-
-def test_an_old_directory_that_cannot_be_put_back_is_not_removed(tmp_path, monkeypatch):
-    with write_directory(tmp_path / "run") as part:
-        (part / "a").write_text("first")
-    rename, calls = os.rename, []
-
-    def failing(source, target):
-        calls.append(source)
-        if len(calls) >= 2:
-            raise OSError("disk gone")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(OSError, match="disk gone"):
-        with write_directory(tmp_path / "run") as part:
-            (part / "a").write_text("second")
-    [old] = tmp_path.iterdir()
-    assert (old / "a").read_text() == "first"
+            with write_directory(tmp_path / "run") as other:
+                (other / "a").write_text("first")
+    assert (tmp_path / "run" / "a").read_text() == "first" and os.listdir(tmp_path) == ["run"]
 
 
 def test_a_symbolic_link_stays_one(tmp_path):
     (tmp_path / "disk" / "run").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "disk" / "run")
-    with write_directory(tmp_path / "link") as part:
-        (part / "a").write_text("new")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "run" / "a").read_text() == "new"
+    for writer in (write_directory, update):
+        (tmp_path / "link").symlink_to(tmp_path / "disk" / "run")
+        with writer(tmp_path / "link") as part:
+            (part / "a").write_text("new")
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "run" / "a").read_text() == "new"
+        (tmp_path / "link").unlink()
+        (tmp_path / "disk" / "run" / "a").unlink()
+
+
+# ---- directories that are written again and again --------------------------------------------------------------------
+
+
+def fill(out, text, *names, owned=("a", "b", "state/c")):
+    with update_directory(out, owned, last="a") as part:
+        for name in names:
+            (part / name).parent.mkdir(exist_ok=True)
+            (part / name).write_text(text)
+
+
+def test_an_update_replaces_what_is_owned_and_leaves_all_else(tmp_path):
+    out = tmp_path / "run"
+    fill(out, "first", "a", "b", "state/c")
+    (out / "thesis.txt").write_text("mine")
+    (out / "state" / "note").write_text("mine")
+    (out / "report").symlink_to(tmp_path)
+    fill(out, "second", "a", "state/c")
+    left = {str(path.relative_to(out)): path.read_text() for path in out.rglob("*") if path.is_file()}
+    assert {name: left[name] for name in left if not name.startswith("report")} == {
+        "a": "second", "state/c": "second", "thesis.txt": "mine", "state/note": "mine",
+    }  # fmt: skip
+    assert (out / "report").is_symlink() and not (out / "b").exists()
+
+
+def test_an_update_follows_no_link_out_of_its_directory(tmp_path):
+    (tmp_path / "away").mkdir()
+    for name in ("b", "c"):
+        (tmp_path / "away" / name).write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "b").symlink_to(tmp_path / "away" / "b")
+    (tmp_path / "run" / "state").symlink_to(tmp_path / "away")
+    fill(tmp_path / "run", "new", "a", "state/c")
+    assert [(tmp_path / "away" / name).read_text() for name in ("b", "c")] == ["mine", "mine"]
+    assert (tmp_path / "run" / "state" / "c").read_text() == "new" and not (tmp_path / "run" / "state").is_symlink()
+
+
+@pytest.mark.parametrize("writer", [write_directory, update])
+def test_a_disk_that_is_full_at_a_file_within_names_that_file_where_it_would_be(tmp_path, writer):
+    with pytest.raises(OSError) as error:
+        with writer(tmp_path / "out") as part, whole_file(part / "a"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(error.value) == f"{tmp_path / 'out' / 'a'} cannot be written: No space left on device"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_update_that_fails_leaves_the_old_files(tmp_path, error):
+    fill(tmp_path / "run", "first", "a", "b")
+    with pytest.raises(error):
+        with update(tmp_path / "run") as part:
+            (part / "a").write_text("half")
+            raise error
+    assert sorted(os.listdir(tmp_path / "run")) == ["a", "b"] and (tmp_path / "run" / "a").read_text() == "first"
+    with pytest.raises(error):
+        with update(tmp_path / "new"):
+            raise error
+    assert os.listdir(tmp_path) == ["run"]
+
+
+MOVES = ["rename", "replace", "unlink", "rmdir"]
+
+
+def test_an_update_that_is_killed_anywhere_is_the_old_or_the_new_files_when_settled(tmp_path):
+    """Every call that changes what a name means is once the last one."""
+    script = (
+        "import os, sys; from test_files import fill; left = int(sys.argv[2])\n"
+        "def counted(call):\n"
+        "    def counting(*given, **options):\n"
+        "        global left; left -= 1\n"
+        "        if left < 0: os.kill(os.getpid(), 9)\n"
+        "        return call(*given, **options)\n"
+        "    return counting\n"
+        f"for name in {MOVES}: setattr(os, name, counted(getattr(os, name)))\n"
+        "fill(sys.argv[1], 'new', 'a', 'state/c')\n"
+    )
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
+    seen, number, code = [], 0, -9
+    while code:
+        out = tmp_path / f"run{number}"
+        fill(out, "old", "a", "b", "state/c")
+        command = [sys.executable, "-c", script, str(out), str(number)]
+        code = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}).returncode
+        recover(out)
+        left = {str(path.relative_to(out)): path.read_text() for path in out.rglob("*") if path.is_file()}
+        left = {name: text for name, text in left.items() if not name.startswith(files.SAVING)}
+        whole = [dict.fromkeys(("a", "b", "state/c"), "old"), dict.fromkeys(("a", "state/c"), "new")]
+        assert left in whole, number
+        seen.append(whole.index(left))
+        number += 1
+    assert seen == sorted(seen) and set(seen) == {0, 1} and len(seen) >= 6
+
+
+def test_what_killed_processes_leave_is_cleared_and_what_living_ones_write_is_not(tmp_path):
+    (tmp_path / "run" / ".saving-1").mkdir(parents=True)
+    (tmp_path / ".run.part-1").mkdir()
+    (tmp_path / ".file.part-1").write_text("half")
+    for path in (tmp_path / "run" / ".saving-1", tmp_path / ".run.part-1", tmp_path / ".file.part-1"):
+        os.utime(path, (1e9, 1e9))
+    with whole_file(tmp_path / "file") as living:
+        os.utime(living, (1e9, 1e9))
+        with whole_file(tmp_path / "file") as part:
+            part.write_text("new")
+        assert living.exists() and not (tmp_path / ".file.part-1").exists()
+    recover(tmp_path / "run")
+    fill(tmp_path / "run", "new", "a")
+    assert sorted(os.listdir(tmp_path)) == ["file", "run"] and os.listdir(tmp_path / "run") == ["a"]
+
+
+@pytest.mark.parametrize("left, holds", [(["old", "part"], "part"), (["old"], "old"), (["out", "old"], "out")])
+def test_what_earlier_versions_left_between_two_renames_is_found(tmp_path, left, holds):
+    for name in left:
+        path = tmp_path / ("run" if name == "out" else f".run.{name}-x1")
+        path.mkdir()
+        (path / "a").write_text(name)
+        os.utime(path, (1e9, 1e9))
+    recover(tmp_path / "run")
+    assert os.listdir(tmp_path) == ["run"] and (tmp_path / "run" / "a").read_text() == holds
 
 
 def test_a_full_disk_leaves_nothing_and_is_named(tmp_path):
@@ -262,14 +333,3 @@ def test_a_full_disk_leaves_nothing_and_is_named(tmp_path):
     done = subprocess.run(made, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path / 'out'} cannot be written: ")
     assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
-
-
-def test_what_could_not_be_written_is_refused_beforehand(tmp_path, monkeypatch):
-    check_writable(tmp_path / "new" / "run")
-    assert not list((tmp_path / "new").iterdir())
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=f"{tmp_path / 'file' / 'run'} cannot be written: "):
-        check_writable(tmp_path / "file" / "run")
-    monkeypatch.setattr(os.path, "ismount", lambda path: True)
-    with pytest.raises(ValueError, match="is a mount point, which cannot be replaced"):
-        check_writable(tmp_path)

@@ -16,7 +16,7 @@ from lora.adapter import load_adapter, save_adapter
 from lora.inject import inject, lora_layers
 from lora.merge import merge
 from lora.optim import FlatParameter, make_optimiser
-from pipeline.checkpoint import load_state, save_state
+from pipeline.state import load_state, save_state
 
 TOKENS, LAYOUT = torch.arange(5, 35), Layout.packed([30])
 

@@ -7,7 +7,7 @@ import json
 import shutil
 
 from conftest import hugging_face_model, tiny_config
-from trained_run import run
+from trained_run import run, seal_again
 
 
 def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(place, tmp_path):
@@ -27,6 +27,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(place, tmp_path):
         record = json.loads((place / "out" / "run.json").read_text())
         (record if key == "prompt" else record["options"])[key] = value
         (tmp_path / name / "run.json").write_text(json.dumps(record))
+        seal_again(tmp_path / name)
     (tmp_path / "latin.txt").write_bytes(b"ring\xe9")
     ablation = ["-m", "benchmarks.ablation", "--rows", tmp_path / "rows.json", "--out", tmp_path / "rows"]
     other, merge = tmp_path / "other", ["-m", "lora.merge", "--ckpt", place / "out"]
@@ -79,5 +80,6 @@ def test_data_that_changed_since_training_is_refused(place, tmp_path):
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     record["data"]["sha256"] = "0" * 64
     (tmp_path / "out" / "run.json").write_text(json.dumps(record))
+    seal_again(tmp_path / "out")
     _, err = run("evaluate.py", "--ckpt", tmp_path / "out", code=2)
     assert "has changed since" in err

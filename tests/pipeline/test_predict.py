@@ -12,7 +12,7 @@ import shutil
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from trained_run import WORDS, guesses, run
+from trained_run import WORDS, guesses, run, seal_again
 
 from pipeline.checkpoint import read_calibration
 from pipeline.predictor import Predictor
@@ -88,6 +88,7 @@ def test_members_are_whole_runs_and_their_predictions_are_averaged(place, tmp_pa
         record = json.loads((first / "run.json").read_text())
         record["options"]["members"] = 1
         (first / "run.json").write_text(json.dumps(record))
+        seal_again(first)
         run(*price, decode, "--ckpt", first)
         each = [guesses(tmp_path / name)[:, 0] for name in ("first", "one")]
         assert np.abs(each[0] - each[1]).max() > 1
@@ -106,6 +107,7 @@ def test_members_are_whole_runs_and_their_predictions_are_averaged(place, tmp_pa
     shutil.copytree(tmp_path / "two", mixed)
     whole = load_file(mixed / "validation.safetensors")
     save_file({name: whole[name] for name in ("price", "digits")}, mixed / "validation.safetensors")
+    seal_again(mixed)
     _, err = run("predict.py", "--ckpt", mixed, "gold", code=2)
     assert "lacks what ranges of blend are calibrated by" in err
     shutil.rmtree(other)

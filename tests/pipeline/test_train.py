@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from trained_run import guesses, metrics_of, priced_items, run
+from trained_run import guesses, metrics_of, priced_items, run, seal_again
 
 from pipeline.prediction import last_states
 from pipeline.predictor import Predictor
@@ -39,7 +39,7 @@ def test_checkpoint_is_complete_and_without_pickle(place):
     files -= report | state
     assert files == {
         "adapter_model.safetensors", "adapter_config.json", "run.json", "metrics.jsonl", "head.safetensors",
-        "validation.safetensors",
+        "validation.safetensors", "manifest.json",
     }  # fmt: skip
     lines = [json.loads(line) for line in (place / "out" / "metrics.jsonl").read_text().splitlines()]
     assert {"step", "loss", "lr", "tokens_per_second", "peak_memory_gib"} <= set(lines[0])
@@ -110,6 +110,7 @@ def test_8_bits_train_resume_evaluate_predict_and_merge(place):
     settings["options"]["max_steps"] = 4  # as if it had been stopped after its first checkpoint
     (place / "begun8" / "state" / "complete").unlink()
     (place / "begun8" / "run.json").write_text(json.dumps(settings))
+    seal_again(place / "begun8")
     run("train.py", "--resume", "--out", place / "begun8")
     ended = [load_file(place / name / "adapter_model.safetensors") for name in ("out8", "begun8")]
     assert all((ended[0][key] == ended[1][key]).all() for key in ended[0])
@@ -123,13 +124,13 @@ def test_8_bits_train_resume_evaluate_predict_and_merge(place):
 KILLED = """
 import contextlib, sys, train
 from pipeline import checkpoint
-plain = checkpoint.write_directory
+plain = checkpoint.update_directory
 @contextlib.contextmanager
-def once(out):
-    with plain(out) as part:
+def once(*given, **options):
+    with plain(*given, **options) as part:
         yield part
     sys.exit(9)
-checkpoint.write_directory = once
+checkpoint.update_directory = once
 """
 
 
@@ -171,7 +172,7 @@ def test_a_resumed_run_equals_an_unbroken_one(place):
     record = json.loads((place / "broken" / "run.json").read_text())
     record["data"]["items"] = 5
     (place / "broken" / "run.json").write_text(json.dumps(record))
-    (place / "broken" / "state" / "complete").unlink()
+    seal_again(place / "broken")
     _, err = run("train.py", "--resume", "--out", place / "broken", code=2)
     assert "has changed since" in err
 
@@ -226,7 +227,7 @@ def test_a_run_with_a_loss_that_is_gone_is_not_gone_on_with(place, tmp_path):
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     record["options"] |= {"loss": "crps", "crps_weight": 1.0}
     (tmp_path / "out" / "run.json").write_text(json.dumps(record))
-    (tmp_path / "out" / "state" / "complete").unlink()
+    seal_again(tmp_path / "out")
     _, err = run("train.py", "--resume", "--out", tmp_path / "out", code=2)
     assert "was started with --loss crps, which is gone: train again with answer, price, soft" in err
     out, _ = run("predict.py", "--ckpt", tmp_path / "out", "gold ring")

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from conftest import byte_tokenizer_json, hugging_face_model, tiny_config
 
+from common.manifest import seal
+from pipeline.checkpoint import OWNED
 from pricing.data.items import items_from_rows, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +54,12 @@ def place(tmp_path_factory):
     (place / "train.txt").write_text(out)
     run("evaluate.py", "--ckpt", place / "out", "--quiet")
     return place
+
+
+def seal_again(ckpt):
+    """As if a run had been saved as it lies there now, and not come to its end"""
+    (ckpt / "state" / "complete").unlink(missing_ok=True)
+    seal(ckpt, OWNED[:-2])
 
 
 def priced_items(place):

@@ -111,6 +111,39 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_run_killed_between_its_renames_is_gone_on_with(tmp_path, renames):
+    paths = three_inputs(tmp_path)
+    preset = replace(SECOND, sizes=(200, 10, 30), drawn=250)
+    out = tmp_path / "items.parquet"
+    child = os.fork()
+    if not child:
+        done, move = [], os.replace
+
+        def moving(source, target):
+            if len(done) == renames:
+                os.kill(os.getpid(), 9)
+            move(source, target)
+            done.append(target)
+            if len(done) == 2:
+                os.kill(os.getpid(), 9)
+
+        os.replace = moving
+        curate(paths, out, preset)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
+    assert [out.with_suffix(".json").exists(), out.exists()] == [renames > 0, renames > 1]
+    if renames == 2:  # nothing was left to do but to clear away
+        with pytest.raises(ValueError, match="exists; choose another name"):
+            curate(paths, out, preset)
+    else:
+        curate(paths, out, preset)
+    curate(paths, tmp_path / "whole.parquet", preset)
+    assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert out.with_suffix(".json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert not [path for path in tmp_path.glob(".*") if ".part-" not in path.name]
+
+
 def test_a_changed_input_or_rule_is_read_again(tmp_path, monkeypatch):
     paths, opened = three_inputs(tmp_path), []
     read = raw.blocks_of
