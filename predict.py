@@ -22,7 +22,8 @@ from tqdm import tqdm
 from common.cli import run_main
 from pipeline.models import pick_device, pick_dtype
 from pipeline.predictor import Predictor
-from pricing.data.items import Item, read_rows, read_text, text_of
+from pricing.data.items import Item, text_of
+from pricing.data.rows import read_rows, read_text
 from pricing.distribution.intervals import calibrated_range
 
 CHUNK = 5000  # texts whose distributions over 1,000 prices are held at a time: 40 MB for each member

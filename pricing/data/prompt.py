@@ -10,7 +10,8 @@ answer is never searched for.
 from dataclasses import dataclass
 from pathlib import Path
 
-from pricing.data.items import Item, read_text
+from pricing.data.items import Item
+from pricing.data.rows import read_text
 
 PROMPTS = {
     "first": "How much does this cost to the nearest dollar?\n\n{text}\n\nPrice is $",

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from pricing.data import reference
-from pricing.data.items import ANSWER, QUESTION, Item, normalise_title
+from pricing.data.items import Item, normalise_title, without_question
 
 # The first five of the reference's 2,000 test items, by the sha256 of their words: by these its test is recognised.
 FIRST = {"49e2e75bb96f6268", "62c0a0dd24f1cf4a", "0539dbc847b719f9", "290e721dd86c90eb", "f67b47305eec42cd"}
@@ -104,7 +104,7 @@ def published_guesses(items: list[Item]) -> list[Guesses]:
     tests = reference.published_tests()
     numbers, known, result = {}, [], []  # text -> its numbers, from 1: four texts stand there twice
     for number, item in enumerate(tests["data"], 1):
-        text = ANSWER.sub("", QUESTION.sub("", item["text"]))
+        text = without_question(item["text"])
         numbers.setdefault(normalise_title(text), []).append(number)
     for i, item in enumerate(items):
         if alike := numbers.get(normalise_title(item.text)):
