@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from common.screen import listed
 from pricing.data import reference
 from pricing.data.items import Item, normalise_title, without_question
+from pricing.evaluation.cells import unguarded
 
 # The first five of the reference's 2,000 test items, by the sha256 of their words: by these its test is recognised.
 FIRST = {"49e2e75bb96f6268", "62c0a0dd24f1cf4a", "0539dbc847b719f9", "290e721dd86c90eb", "f67b47305eec42cd"}
@@ -41,18 +43,21 @@ def read_guesses(given: str, items: list[Item]) -> Guesses:
     rows, columns = read_table(Path(path))
     column = next((wanted for wanted in ("guess", name) if wanted in columns), None)
     if column is None:
-        raise ValueError(f"{path} has no column guess or {name}; it has {', '.join(columns)}")
+        raise ValueError(f"{path} has no column guess or {name}; it has {listed(columns)}")
     key = next((wanted for wanted in ("id", "n") if wanted in columns), None)
     if key:
         by_id = {}
         for number, row in rows:
+            row[key] = unguarded(row[key] or "")
             if by_id.setdefault(row[key], (number, row))[0] != number:
                 raise ValueError(f"{path}, row {number}: {key} {row[key]} stands in row {by_id[row[key]][0]} already")
         if missing := [item.id for item in items if item.id not in by_id]:
-            raise ValueError(f"{path} lacks {len(missing):,} of the {len(items):,} items, the first is {key} {missing[0]}")
+            lacking = f"{len(missing):,} of the {len(items):,} items, the first is {key} {missing[0]}"
+            raise ValueError(f"{path} lacks {lacking}")
         rows = [by_id[item.id] for item in items]
     elif len(rows) != len(items):
-        raise ValueError(f"{path} has {len(rows):,} rows for {len(items):,} items; a column id would say which they are")
+        counts = f"{len(rows):,} rows for {len(items):,} items"
+        raise ValueError(f"{path} has {counts}; a column id would say which they are")
     guesses = []
     for (number, row), item in zip(rows, items, strict=True):
         guesses.append(dollars(row, column, path, number))
