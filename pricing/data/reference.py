@@ -23,7 +23,7 @@ from pricing.data.items import QUESTION, REPEATED, normalise_title, split_of
 from pricing.data.rows import readable
 
 NAME, OWN_KIND, MOST = "reference", "reference", 2000
-FILES = json.loads(Path(__file__).with_name("reference.json").read_text())
+FILES = json.loads(Path(__file__).with_name("reference.json").read_text(encoding="utf-8"))
 RAW_URL = "https://raw.githubusercontent.com/{repo}/{commit}/{path}"
 SHA256 = hashlib.sha256("".join(file["sha256"] for file in FILES).encode()).hexdigest()  # of all of it, for run.json
 LEAD = re.compile(r"^[^\n]*\?\s*\n\s*\n")  # a question and an empty line stand before the product

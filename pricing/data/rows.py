@@ -56,6 +56,10 @@ def cell_text(row: dict, column: str, join: str = "\n") -> str:
     """The cell of a row as text, "" where there is none. Raises Unusable, naming the column, where it is no text, is
     not in UTF-8 or is too long."""
     value = row.get(column)
+    if value is None:
+        return ""
+    if isinstance(value, str) and value.isascii() and len(value) <= MOST_TEXT:
+        return value
     if isinstance(value, str) and NOT_UTF8.search(value):
         raise Unusable("rows that are not in UTF-8")
     try:

@@ -23,7 +23,7 @@ from pricing.evaluation.cells import unguarded
 
 # The first five of the reference's 2,000 test items, by the sha256 of their words: by these its test is recognised.
 FIRST = {"49e2e75bb96f6268", "62c0a0dd24f1cf4a", "0539dbc847b719f9", "290e721dd86c90eb", "f67b47305eec42cd"}
-PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,8 @@ def test_the_error_of_some_items_and_of_the_others():
     "text, price, named",
     [
         ("Mug. Now only $12.99!", 12.99, True), ("Mug\nPrice: 12.99", 12.99, True), ("12.99 a piece", 12.99, True),
-        ("sold at $ 13", 12.99, True), ("13 USD", 13.2, True), ("only 13 left", 13, True), ("Price is US $13.", 13, True),
+        ("sold at $ 13", 12.99, True), ("13 USD", 13.2, True), ("only 13 left", 13, True),
+        ("Price is US $13.", 13, True),
         ("pack of 13", 13, False), ("112.99 mm, 12.990, 12.99.1", 12.99, False), ("was $12.98", 12.99, False),
         ("$1,013 and $13,000", 13, False), ("$130", 13, False), ("", 13, False), ("13 dollars", 13, True),
     ],
