@@ -34,15 +34,16 @@ from pricing.curation.leaks import leaks
 from pricing.data.batch import length_batches
 from pricing.data.catalogue import least_error
 from pricing.data.items import MIN_PRICE, Item, normalise_title, sample, unseen
-from pricing.data.sources import load_sources
+from pricing.data.sources import load_items
 from pricing.distribution.decode import greedy_prices, pick
 from pricing.distribution.intervals import calibrated_range, cross_calibrated_range
 from pricing.evaluation.baselines import run_baselines, same_origin
 from pricing.evaluation.compare import compare_reports
 from pricing.evaluation.console import show_guess, table
 from pricing.evaluation.guesses import is_reference, published_guesses, read_guesses
-from pricing.evaluation.metrics import colour, paired_difference, score
+from pricing.evaluation.metrics import colour, error_apart, paired_difference, score
 from pricing.evaluation.report import REPORT, comparison_table, headline, write_report
+from pricing.evaluation.stated import stated
 
 BLEND = "fine-tuned, blended with forest and network"
 BLENDED = ("random forest", "residual network")
@@ -65,6 +66,21 @@ def blended(guess: np.ndarray, forest: np.ndarray, network: np.ndarray) -> np.nd
     return np.exp(sum(weight * np.log(np.maximum(part, MIN_PRICE)) for part, weight in parts))
 
 
+def other_items(args: argparse.Namespace, options: dict, own: dict) -> list[Item]:
+    """Of --data. All rows of a file that have no split are priced: nothing of another file was trained on. Those of the
+    run's `own` file (run.json's data) are in the split that they were in."""
+    size, seed = options["size"], options["data_seed"]
+    items, skipped, identity = load_items(args.data, size, seed)
+    known = [own, *own.get("sources", [])]
+    print(f"data       {args.data}: {len(items):,} items" + (f"; left out: {skipped}" if skipped.counts else ""))
+    if "sha256" not in identity or any(source.get("sha256") == identity["sha256"] for source in known):
+        return items
+    everything, _, _ = load_items(args.data, size, seed, default_split=args.split)
+    if moved := sum(a.split != b.split for a, b in zip(items, everything, strict=True)):
+        print(f"data       {moved:,} of them lie in no split and are not the run's: all are priced")
+    return everything
+
+
 def items_of(args: argparse.Namespace, record: dict) -> tuple[list[Item], list[Item], bool]:
     """What the run was trained on; what it is asked to price, nothing of the former nor of what the runs that it
     started from were trained on; and whether these are the reference's own test items"""
@@ -72,9 +88,7 @@ def items_of(args: argparse.Namespace, record: dict) -> tuple[list[Item], list[I
     items = run_items(record)
     train = training_items(items, options)
     if args.data:  # priced by the same run and the same baselines, which know its own training items only
-        loaded = load_sources(args.data, None, None, options["size"], options["data_seed"])
-        items, skipped = loaded.items, loaded.skipped[args.data]
-        print(f"data       {args.data}: {len(items):,} items" + (f"; left out: {skipped}" if skipped.counts else ""))
+        items = other_items(args, options, record["data"])
     if args.data or args.origin is not None:
         items = [replace(item, origin=origin) for item in items]
     name, test = args.data or " + ".join(sources(options)), [item for item in items if item.split == args.split]
@@ -199,9 +213,8 @@ def main(args: argparse.Namespace) -> None:
     metrics["comparison"] = {name: {k: m[k] for k in keys if k in m} for name, m in comparison.items()}
     leaked = leaks([item.text for item in train], [item.text for item in test])
     errors = np.abs(truth - guess)
-    metrics["leaks"] = {"share": len(leaked) / len(test), "threshold": 0.8}
-    for name, chosen in (("mae_with", leaked), ("mae_without", np.setdiff1d(np.arange(len(test)), leaked))):
-        metrics["leaks"][name] = float(errors[chosen].mean()) if len(chosen) else None
+    metrics["leaks"] = error_apart(errors, leaked) | {"threshold": 0.8}
+    metrics["stated"] = error_apart(errors, stated(test))
     if all(item.fair_price is not None for item in test):
         metrics["least_mae"] = float(np.mean([least_error(item.fair_price) for item in test]))
 

@@ -19,8 +19,10 @@ import sys
 from typing import Callable
 
 from common import __version__
+from common.screen import drop_output, tolerate_any_sign, visible
 
 EXAMPLES = "examples:\n"
+MOST_MESSAGE = 2000  # characters of an error
 UNTOLD = (None, False, argparse.SUPPRESS)  # defaults that say nothing to a reader
 
 
@@ -63,8 +65,13 @@ def make_parser(doc: str, prog: str | None = None) -> Parser:
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a command: what a user can mend ends in one line and exit code 2, without a traceback (DEBUG=1 shows it)."""
+    tolerate_any_sign()
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output is gone; as other commands, without a word
+        drop_output()
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("\nstopped; nothing half-written is left behind", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -76,7 +83,9 @@ def run_main(main: Callable[[], None]) -> None:
         if out_of_memory:
             message = "out of GPU memory; lower --batch-tokens (with --accumulate to make up for it) or give a "
             message += "--memory-budget: " + " ".join(str(error).split())[:160]
-        print(f"error: {message}", file=sys.stderr)
+        if len(message) > MOST_MESSAGE:
+            message = f"{message[:MOST_MESSAGE]} ... ({len(message) - MOST_MESSAGE:,} more characters)"
+        print(f"error: {visible(message)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -7,6 +7,7 @@ import argparse
 from collections import Counter
 from dataclasses import dataclass
 
+from common.screen import visible
 from pricing.data.items import Item, Skipped, sample, unseen
 from pricing.data.prompt import Example, encode_items, load_prompt
 from pricing.data.sources import Loaded, load_sources
@@ -39,7 +40,7 @@ class TrainingData:
             lines.append("origins    " + ", ".join(f"{name} {counts[name]:,}" for name in self.origins))
         if not self.tests:
             lines.append(f"data       {name}: no item is in the test split; evaluate.py will have nothing to price")
-        return "\n".join(lines)
+        return visible("\n".join(lines))
 
     def encode(self, items: list[Item], tokenizer, options: argparse.Namespace) -> list[Example]:
         """Items as the run reads them: its prompt, its token limit. Where no limit is given, the first call, with the

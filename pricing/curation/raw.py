@@ -23,9 +23,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from common.screen import listed
 from pricing.curation.duplicates import band_keys, parts, shingles_of, words_in
 from pricing.curation.rules import NO_JSON, WRONG_KIND, Preset, Rejected, category_name, item_of
 from pricing.data.items import clean
+from pricing.data.rows import Unusable
 
 BLOCK_BYTES, LONGEST_LINE = 1 << 21, 1 << 26
 BLOCK_RECORDS = 1024  # of a Parquet file
@@ -76,7 +78,7 @@ def check_input(path: Path) -> None:
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{path} is no readable Parquet file: {error}; fetch it again") from None
         if missing := [name for name in NEEDED if name not in names]:
-            raise ValueError(f"{path} lacks the column {missing[0]}; it has {', '.join(names)}: is it raw_meta_*?")
+            raise ValueError(f"{path} lacks the column {missing[0]}; it has {listed(names)}: is it raw_meta_*?")
 
 
 def blocks_of(path: Path) -> Iterator[bytes | pyarrow.RecordBatch]:
@@ -139,12 +141,12 @@ def sift(block: bytes | pyarrow.RecordBatch, category: str, options: Options) ->
             if record is NO_JSON:
                 raise Rejected(NO_JSON)
             title, text, price, its_category = item_of(record, options.preset, category)
-        except (Rejected, RecursionError) as rejected:
+            row = (clean(record.get("parent_asin")) or f":{result.records}", title, text, its_category)
+        except (Rejected, Unusable, RecursionError) as rejected:
             reason = rejected.args[0] if isinstance(rejected, Rejected) else WRONG_KIND
             result.counts[reason] += 1
             result.first.setdefault(reason, result.records)
             continue
-        row = (clean(record.get("parent_asin")) or f":{result.records}", title, text, its_category)
         # Half a surrogate pair, which JSON allows, cannot be encoded: it becomes a question mark.
         result.rows.append((*(part.encode(errors="replace").decode() for part in row), price))
         texts.append(words_in(text))

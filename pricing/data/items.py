@@ -1,4 +1,4 @@
-"""Items: what is priced. Rows of JSONL, CSV or Parquet in, checked `Item`s out; rows left out are counted by reason.
+"""Items: what is priced. Rows of a file (rows.py) in, checked `Item`s out; rows left out are counted by reason.
 
 A row has `price` (US dollars) and either `text`, or `title` and any of `category`, `brand`, `description`; `split`
 (train, val or test) and `origin` (where it comes from) are optional. Without a `split` a hash of the normalised title
@@ -6,28 +6,30 @@ decides, or of the whole text where there is no title: items of one title are ne
 evaluation agree without a further file.
 """
 
-import csv
 import hashlib
-import json
 import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Iterable
+
+from common.screen import listed
+from pricing.data.rows import BAD, Unusable, cell_text, is_empty, readable
 
 MIN_PRICE, MAX_PRICE = 0.50, 999.49  # dollars: what rounds to a whole price from 1 to 999
 TEST_SHARE, VAL_SHARE = 10, 5  # percent of the titles
-SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "dev": "val", "test": "test"}
+# The words that the Hugging Face hub knows splits by, in a column and in names of files and folders.
+SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "val", "valid": "val", "dev": "val"}
+SPLITS |= {"test": "test", "testing": "test", "eval": "test", "evaluation": "test"}
 # Published data sets have the whole prompt and the answer as text: `...Price is $123.00`. An item's text is between.
 QUESTION = re.compile(r"^(How much|What) does this cost to the nearest dollar\?\s*")
-ANSWER = re.compile(r"\s*Price is \$[\d.,]*\s*$")
-NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python reads a byte that is not UTF-8 (surrogateescape)
+ANSWER, PRICE_SIGNS = "Price is $", re.compile(r"[\d.,]*\s*")
+MOST_CHARACTERS = 1 << 30  # of all items' texts together: more would fill the memory
 REPEATED = ("repeated",)  # key of rows that repeat an earlier one; a tuple, so that no column can have this name
 WORD = r"(?u)\b\w[\w.]*\b"  # of a text, for tf-idf: numbers stay whole, "2.4" and not "2" and "4"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """A product with its price."""
 
@@ -93,146 +95,105 @@ def sample(items: list[Item], count: int | None) -> list[Item]:
 
 
 def parse_price(value) -> float:
-    """Dollars from 12.5, "12.50" or "$1,299.00". Raises ValueError with the reason."""
-    if value is None or value == "":
+    """Dollars from 12.5, "12.50" or "$1,299.00". Raises ValueError with the reason. "1.299" is unreadable: a price of
+    other countries, in which the dot stands before thousands."""
+    if is_empty(value) and not isinstance(value, (list, tuple)):
         raise ValueError("rows without a price")
     try:
         if isinstance(value, str):
             # Commas only between groups of three digits: "9,50" is not 950, it is unreadable.
-            number = re.fullmatch(r"\s*\$?\s*(-?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?)\s*", value, re.ASCII)
-            value = number[1].replace(",", "") if number else None
-        price = float(None if isinstance(value, bool) else value)
+            number = re.fullmatch(r"\$?\s{0,9}(-?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?)", value.strip(), re.ASCII)
+            value = number[1].replace(",", "") if number and not re.search(r"\.\d{3}$", number[1]) else None
+        price = float(None if isinstance(value, (bool, bytes)) else value)
     except (ValueError, TypeError, OverflowError):
         raise ValueError("rows with an unreadable price") from None
-    if not MIN_PRICE <= price <= MAX_PRICE:  # NaN fails this too
+    if not MIN_PRICE <= price <= MAX_PRICE:
         raise ValueError(f"rows with a price outside ${MIN_PRICE:.2f} to ${MAX_PRICE:.2f}")
     return price
 
 
-def readable(value) -> str:
-    """Any cell as text that can be encoded in UTF-8: half a surrogate pair, which JSON allows, becomes "?\""""
-    return str(value).encode("utf-8", "replace").decode() if value is not None else ""
-
-
 def clean(value) -> str:
-    """Any cell as one line of text."""
-    return " ".join(readable(value).split())
+    """Any cell as one line of text, a list as its parts with commas between."""
+    return " ".join(readable(value, ", ").split())
+
+
+def line_of(row: dict, column: str) -> str:
+    """A cell as one line of text: the lines of a description one after the other, parts of a category with commas
+    between, as in curation (rules.py). Raises ValueError with the reason where it is no text."""
+    return " ".join(cell_text(row, column, "\n" if column == "description" else ", ").split())
+
+
+def without_question(text: str) -> str:
+    """What stands between the question and the price, where the text is a whole prompt"""
+    text = QUESTION.sub("", text.strip())
+    product, answer, price = text.rpartition(ANSWER)
+    return product.strip() if answer and PRICE_SIGNS.fullmatch(price) else text
 
 
 def text_of(row: dict) -> str:
     """What the model reads: `text`, else title, category, brand and description, a line each.
 
     Where there is no description, `summary` or `prompt`, the names that published price data sets use, count as `text`.
-    Raises ValueError with the reason where a cell is not in UTF-8.
+    Raises ValueError with the reason where the row is none, or a cell is no text.
     """
-    if any(isinstance(cell, str) and NOT_UTF8.search(cell) for cell in row.values()):
-        raise ValueError("rows that are not in UTF-8")
-    for key in ("text",) if clean(row.get("description")) else ("text", "summary", "prompt"):
-        if clean(row.get(key)):
-            return ANSWER.sub("", QUESTION.sub("", readable(row[key]).strip())).strip()
-    title, brand, description = (clean(row.get(key)) for key in ("title", "brand", "description"))
+    if BAD in row:
+        raise Unusable(row[BAD])
+    for key in ("text",) if line_of(row, "description") else ("text", "summary", "prompt"):
+        if text := cell_text(row, key).strip():
+            return without_question(text)
+    title, brand, description = (line_of(row, key) for key in ("title", "brand", "description"))
     brand_is_named = brand.lower() in f"{title} {description}".lower()
-    lines = [title, clean(row.get("category")), "" if brand_is_named else brand, description]
+    lines = [title, line_of(row, "category"), "" if brand_is_named else brand, description]
     return "\n".join(line for line in lines if line)
 
 
-def item_from_row(row: dict, number: int) -> Item:
-    """A checked item of the row with this number. Raises ValueError with the reason where the row is no item."""
-    if not isinstance(row, dict):
-        raise ValueError("rows that are not an object")
+def item_from_row(row: dict, number: int, default_split: str | None = None) -> Item:
+    """A checked item of the row with this number. A row without a split is in `default_split`, else in the one that its
+    title's hash says. Raises ValueError with the reason where the row is no item."""
     if row.get(REPEATED):
         raise ValueError("rows that repeat an earlier one")
-    price = parse_price(row.get("price", row.get("completion")))
+    if BAD in row:
+        raise Unusable(row[BAD])
+    price = parse_price(row.get("completion") if is_empty(row.get("price")) else row["price"])
     text = text_of(row)
     if not re.search(r"\w", text):
         raise ValueError("rows without text")
-    title = clean(row.get("title"))
-    split = clean(row.get("split")).lower()
+    title = line_of(row, "title")
+    split = line_of(row, "split").lower()
     if split and split not in SPLITS:
         raise ValueError("rows whose split is not train, val or test")
     return Item(
-        id=clean(row.get("id")) or str(number),
-        title=title or text.splitlines()[0],
+        id=line_of(row, "id") or str(number),
+        title=title or re.split("[\r\n]", text, maxsplit=1)[0],
         text=text,
         price=price,
-        category=clean(row.get("category")),
-        split=SPLITS[split] if split else split_of(title or text),  # without a title, the whole text
-        origin=clean(row.get("origin")),
+        category=line_of(row, "category"),
+        split=SPLITS[split] if split else default_split or split_of(title or text),  # without a title, the whole text
+        origin=line_of(row, "origin"),
     )
 
 
-def read_text(path: Path) -> str:
-    """A whole text file. Raises ValueError where it is not in UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not in UTF-8 ({error.reason} at byte {error.start}); save it in UTF-8") from None
-
-
-def read_rows(path: str | Path, need_price: bool = True) -> Iterator[tuple[int, dict | None]]:
-    """(number, row) of each row of a JSONL, CSV or Parquet file, from 1: in JSONL the line's number, in CSV counted
-    from the line after the header. The row is None where a line is not JSON. Bytes that are not UTF-8 are left for
-    text_of to find.
-
-    `need_price`: a CSV file must have the column `price`. Raises ValueError that names the file, and the line where
-    possible, for a file that is missing, of another kind or damaged.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"data file {path} {'is a directory' if path.is_dir() else 'does not exist'}")
-    kind = path.suffix.lower()
-    with open(path, "rb") as handle:
-        if handle.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            raise ValueError(f"{path} is in UTF-16; save it in UTF-8")
-    if kind in (".jsonl", ".ndjson"):
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        yield number, json.loads(line)
-                    except (ValueError, RecursionError):  # not JSON, or a number too long or nested too deeply
-                        yield number, None
-    elif kind == ".csv":
-        csv.field_size_limit(2**31 - 1)
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-            reader = csv.DictReader(lines, strict=True)  # or an open quotation mark would swallow the rows after it
-            try:
-                if need_price and "price" not in (names := reader.fieldnames or []):
-                    columns = "the first line must name the columns, `price` among them, with commas between"
-                    raise ValueError(f"{path}: {columns}; it names {', '.join(map(repr, map(readable, names)))}")
-                yield from enumerate(reader, 1)
-            except csv.Error as error:
-                where = f"{path}, line {reader.line_num + 1}"
-                raise ValueError(f"{where}: {error}; is a quotation mark left open?") from None
-    elif kind == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            number = 0
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{path} is no readable Parquet file: {error}") from None
-    else:
-        raise ValueError(f"{path}: expected .jsonl, .csv or .parquet")
-
-
-def items_from_rows(rows: Iterable[tuple[int, dict]], source: str, strict: bool = False) -> tuple[list[Item], Skipped]:
-    """The checked items, and the rows left out. Raises ValueError where no item is left and, with `strict`, for the
-    first bad row, naming it; `source` is the data's name in these messages."""
-    items, skipped, columns = [], Skipped(), ""
+def items_from_rows(
+    rows: Iterable[tuple[int, dict]], source: str, strict: bool = False, default_split: str | None = None
+) -> tuple[list[Item], Skipped]:
+    """The checked items, and the rows left out; `default_split` as for item_from_row. Raises ValueError where no item
+    is left, where the texts are too long to be held in memory and, with `strict`, for the first bad row, naming it;
+    `source` is the data's name in these messages."""
+    items, skipped, columns, size = [], Skipped(), "", 0
     for number, row in rows:
-        if not columns and isinstance(row, dict):
-            columns = f"; columns of the first row: {', '.join(map(str, row))}"
+        if not columns:
+            columns = f"; columns of the first row: {listed(name for name in row if isinstance(name, str))}"
         try:
-            items.append(item_from_row(row, number))
+            items.append(item_from_row(row, number, default_split))
         except ValueError as reason:
             if strict:
                 raise ValueError(f"{source}, row {number}: one of the {reason}") from None
             skipped.add(str(reason), number)
+            continue
+        size += len(items[-1].text)
+        if size > MOST_CHARACTERS:
+            most = f"{MOST_CHARACTERS >> 30} GiB of text"
+            raise ValueError(f"{source}: more than {most} by row {number:,}; take a sample")
     if not items:
         raise ValueError(f"{source} holds no usable item: {f'{skipped}{columns}' if skipped.counts else 'it is empty'}")
     return items, skipped

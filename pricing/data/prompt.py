@@ -10,13 +10,15 @@ answer is never searched for.
 from dataclasses import dataclass
 from pathlib import Path
 
-from pricing.data.items import Item, read_text
+from pricing.data.items import Item
+from pricing.data.rows import read_text
 
 PROMPTS = {
     "first": "How much does this cost to the nearest dollar?\n\n{text}\n\nPrice is $",
     "second": "What does this cost to the nearest dollar?\n\n{text}\n\nPrice is $",
     "compact": "{text}\n$",
 }
+TOKEN_CHARACTERS = 64  # on average at most; of a text of a megabyte the rest is not even looked at
 PROMPT = PROMPTS["first"]
 
 
@@ -58,12 +60,14 @@ def encode_prompt(text: str, tokenizer, max_tokens: int, template: str = PROMPT)
     `tokenizer` has encode_prompt, encode_answer and decode. Raises ValueError if the question alone does not fit.
     """
 
+    whole, text = text, text[: max_tokens * TOKEN_CHARACTERS]
+
     def ids_of(part: str) -> list[int]:
         return tokenizer.encode_prompt(template.replace("{text}", part))
 
     ids = ids_of(text)
     if len(ids) <= max_tokens:
-        return ids, 0.0
+        return ids, 1 - len(text) / max(len(whole), 1)
     if len(ids_of("")) >= max_tokens:
         raise ValueError(f"the question alone takes {len(ids_of(''))} tokens, --max-tokens is {max_tokens}")
     # Cut characters, not ids: the ids of a shorter text are not always a prefix. Bisect for the longest that fits.
@@ -71,7 +75,7 @@ def encode_prompt(text: str, tokenizer, max_tokens: int, template: str = PROMPT)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if len(ids_of(text[:middle].rstrip())) <= max_tokens else (low, middle - 1)
-    return ids_of(text[:low].rstrip()), 1 - low / len(text)
+    return ids_of(text[:low].rstrip()), 1 - low / len(whole)
 
 
 def encode_items(items: list[Item], tokenizer, max_tokens: int, template: str = PROMPT) -> list[Example]:

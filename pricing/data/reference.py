@@ -19,10 +19,11 @@ from typing import Iterator
 from urllib.parse import quote
 
 from common.hub import cache_directory, download
-from pricing.data.items import QUESTION, REPEATED, normalise_title, readable, split_of
+from pricing.data.items import QUESTION, REPEATED, normalise_title, split_of
+from pricing.data.rows import readable
 
 NAME, OWN_KIND, MOST = "reference", "reference", 2000
-FILES = json.loads(Path(__file__).with_name("reference.json").read_text())
+FILES = json.loads(Path(__file__).with_name("reference.json").read_text(encoding="utf-8"))
 RAW_URL = "https://raw.githubusercontent.com/{repo}/{commit}/{path}"
 SHA256 = hashlib.sha256("".join(file["sha256"] for file in FILES).encode()).hexdigest()  # of all of it, for run.json
 LEAD = re.compile(r"^[^\n]*\?\s*\n\s*\n")  # a question and an empty line stand before the product
@@ -76,7 +77,7 @@ def product_of(message: str) -> str:
 
 def chat_rows(path: Path, origin: str, split: str) -> Iterator[dict]:
     """A row of each chat example of a file. The price is the number at the answer's end."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"):
         *_, question, answer = json.loads(line)["messages"]
         text, price = product_of(question["content"]), re.search(r"[\d,.]+\s*$", answer["content"])
         category = re.search(r"^Category: (.+)$", text, re.MULTILINE)

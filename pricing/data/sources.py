@@ -6,6 +6,7 @@ on, each under a tag that says where it comes from, since price levels differ fr
 
 import json
 import os
+import re
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from pathlib import Path
 from common.hub import cache_directory, download, sha256, snapshot
 from pricing.curation.leaks import near_pairs
 from pricing.data import catalogue, reference
-from pricing.data.items import REPEATED, Item, Skipped, items_from_rows, normalise_title, read_rows, sample
+from pricing.data.items import REPEATED, SPLITS, Item, Skipped, items_from_rows, normalise_title, sample
+from pricing.data.rows import ADVICE, is_empty, read_rows
 
 # 66,778 PC parts scraped from PCPartPicker in July 2025 (MIT licence); about a quarter carry a price in range.
 PC_PARTS_URL = (
@@ -39,7 +41,7 @@ def pc_parts_rows(archive: Path):
     with zipfile.ZipFile(archive) as files:
         for name in sorted(n for n in files.namelist() if n.endswith(".jsonl")):
             category = Path(name).stem.replace("-", " ")
-            for line in files.read(name).decode().splitlines():
+            for line in files.read(name).decode().strip().split("\n"):
                 number += 1
                 part = json.loads(line)
                 title, price = part.pop("name"), part.pop("price")
@@ -53,27 +55,43 @@ def pc_parts_rows(archive: Path):
                 seen.add(key)
 
 
-def folder_rows(root: Path):
-    """(number, row) of the data files below `root`. A name such as `train-00000-of-00002.parquet` puts rows without a
-    split of their own into train."""
+def split_of_path(path: Path) -> str | None:
+    """train, val or test by the words in the names of a file (relative to the data set's folder) and of its folders,
+    as the Hugging Face hub reads them: `test/part0.csv`, `x_test.csv`, `train-00000-of-00002.parquet`, but not
+    `testimonials.csv`. A folder's name goes before the file's; None where no name, or more than one split, is named."""
+    for name in (*reversed(path.parts[:-1]), path.stem):
+        words = re.split(r"[\W\d_]+", name.lower())
+        if splits := {SPLITS[word] for word in words if word in SPLITS}:
+            return splits.pop() if len(splits) == 1 else None
+    return None
+
+
+def folder_rows(root: Path, name: str | None = None):
+    """(number, row) of the data files below `root`. Rows without a split of their own are in the one that their file's
+    name says. Raises ValueError, with the data set's `name`, where there are only files of other kinds."""
+    files = sorted(p for kind in ("parquet", "jsonl", "csv") for p in root.rglob(f"*.{kind}"))
+    if not files:
+        other = next((kind for kind in ADVICE if any(root.rglob(f"*{kind}"))), ".json")
+        raise ValueError(f"{name or root} has no .parquet, .jsonl or .csv file; of a {other} file{ADVICE[other]}")
     number = 0
-    for path in sorted(p for kind in ("parquet", "jsonl", "csv") for p in root.rglob(f"*.{kind}")):
-        split = next((s for s in ("train", "val", "test") if path.stem.lower().startswith(s)), None)
+    for path in files:
+        split = split_of_path(path.relative_to(root))
         for _, row in read_rows(path):
             number += 1
-            if isinstance(row, dict) and split and not row.get("split"):
-                row = row | {"split": split}
-            yield number, row
+            yield number, row | {"split": split} if split and is_empty(row.get("split")) else row
 
 
-def load_items(data: str, size: int, seed: int, strict: bool = False) -> tuple[list[Item], Skipped, dict]:
+def load_items(
+    data: str, size: int, seed: int, strict: bool = False, default_split: str | None = None
+) -> tuple[list[Item], Skipped, dict]:
     """The items, the rows left out, and the identity of the data for run.json (its name, and what changes with it:
     size and seed, sha256 or commit).
 
-    `size` and `seed` are the catalogue's; `strict` as in items_from_rows. Raises ValueError or OSError, in one line.
+    `size` and `seed` are the catalogue's; `strict` as in items_from_rows. `default_split`: of the rows of a file that
+    have none, in place of their title's hash. Raises ValueError or OSError, in one line.
     """
     path = Path(os.path.expanduser(data))
-    made = []
+    made, default_split = [], default_split if path.is_file() else None
     if data == "catalogue":
         made = catalogue.generate(size, seed)
         rows, identity = enumerate(made, 1), {"size": size, "seed": seed}
@@ -91,13 +109,14 @@ def load_items(data: str, size: int, seed: int, strict: bool = False) -> tuple[l
         identity = {"sha256": sha256(path)}
     elif data.count("/") == 1 and not path.suffix and not data.startswith((".", "~", "/")):
         root = snapshot(data, "data set", HUB_FILES)
-        rows, identity = folder_rows(root), {"commit": root.name}  # the hub's cache names a snapshot by its commit
+        # The hub's cache names a snapshot by its commit.
+        rows, identity = folder_rows(root, f"data set {data}"), {"commit": root.name}
     else:
         raise ValueError(
             f"data file {data} does not exist; --data takes catalogue, pc-parts, reference, a file or a hub data set "
             "org/name"
         )
-    items, skipped = items_from_rows(rows, data, strict)
+    items, skipped = items_from_rows(rows, data, strict, default_split)
     if made:  # the catalogue alone knows the price without its noise
         items = [replace(item, fair_price=made[int(item.id) - 1]["fair_price"]) for item in items]
     return items, skipped, {"data": data, "items": len(items)} | identity

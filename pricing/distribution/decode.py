@@ -43,6 +43,7 @@ class PriceTree:
     leaf: list[int | None]  # the price at a leaf, None at an inner node
     spelt: list[int | None]  # the price that the tokens up to a node spell, ended or not
     number: dict[tuple[int, ...], int]  # path of token ids -> node
+    goes_on: set[int]  # token ids after which a number is another one: digits, and commas ("1,000" is not 1)
 
     @staticmethod
     def build(encode_answer) -> "PriceTree":
@@ -63,7 +64,8 @@ class PriceTree:
         for path, price in paths.items():
             if tuple(encode_answer(f"{price}.00"))[: len(path)] != path:
                 raise ValueError(f'prices cannot be scored: the ids of "{price}.00" do not begin with "{price}", "."')
-        depths = range(max(map(len, paths)))
+        depths, numbers = range(max(map(len, paths))), list(map(str, range(PRICES)))
+        commas = [f",{number}" for number in numbers]
         return PriceTree(
             choices=choices,
             levels=[[number[p] for p in nodes if p in inner and len(p) == depth] for depth in depths],
@@ -72,6 +74,7 @@ class PriceTree:
             leaf=[paths.get(p) for p in nodes],
             spelt=[price_of.get(p, paths.get(p)) for p in nodes],
             number=number,
+            goes_on={encode_answer(text)[0] for text in (*numbers, "00", "000", ",", *commas, ",00", ",000")},
         )
 
     def below(self) -> torch.Tensor:
@@ -137,26 +140,32 @@ def price_distribution(prefill, extend, prompts: list[list[int]], tree: PriceTre
 
 @torch.no_grad()
 def greedy_prices(prefill, extend, prompts: list[list[int]], tree: PriceTree) -> np.ndarray:
-    """What text generation at temperature 0 writes; NaN where that is not a price  # (B,) dollars
+    """What text generation at temperature 0 writes; NaN where that is not a price from 0 to 999, as "1,000" and "1000"
+    are not  # (B,) dollars
 
     `prefill` and `extend` as for price_distribution."""
     choices = torch.tensor(tree.choices)
     child = {(tree.parent[n], tree.choices[tree.choice[n]]): n for n in range(1, len(tree.parent))}
     _, top, cache = prefill(prompts, choices)
-    node, done = [0] * len(prompts), [False] * len(prompts)
+    node, done, price = [0] * len(prompts), [False] * len(prompts), [np.nan] * len(prompts)
     slots = torch.zeros(len(prompts), 1, dtype=torch.long, device=top.device)
-    for depth in range(len(tree.levels)):
+    for depth in range(len(tree.levels) + 1):  # the token behind a price is looked at, too
         for row, token in enumerate(top.view(-1).tolist()):
-            if not done[row]:
-                following = child.get((node[row], token))
-                done[row] = following is None  # "." or any token that no price has here
-                node[row] = node[row] if following is None else following
-                done[row] |= tree.leaf[node[row]] is not None
-        if all(done) or depth == len(tree.levels) - 1:
+            before, following = node[row], child.get((node[row], token))
+            if done[row]:
+                continue
+            if following is not None:
+                node[row] = following
+                done[row] = tree.spelt[following] is not None and tree.spelt[before] == tree.spelt[following]  # by "."
+            else:
+                done[row] = True
+            if done[row] and tree.spelt[before] is not None and token not in tree.goes_on:
+                price[row] = float(tree.spelt[before])
+        if all(done) or depth == len(tree.levels):
             break
         _, top = extend(cache, top.view(-1, 1), slots, choices)
         slots = slots + 1
-    return np.array([np.nan if tree.spelt[n] is None else float(tree.spelt[n]) for n in node])
+    return np.array(price)
 
 
 def pick(distribution: np.ndarray, how: str) -> np.ndarray:

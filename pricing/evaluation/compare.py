@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pricing.data.items import normalise_title
+from pricing.evaluation.cells import unguarded
 from pricing.evaluation.console import signed
 from pricing.evaluation.metrics import paired_difference
 
@@ -23,7 +24,8 @@ def read_predictions(report: str | Path) -> dict[tuple, list[float]]:
     with open(path, newline="", encoding="utf-8") as handle:
         try:
             for row in csv.DictReader(handle):
-                errors.setdefault((row["id"], row["title"], row["truth"]), []).append(float(row["error"]))
+                key = unguarded(row["id"]), unguarded(row["title"]), row["truth"]
+                errors.setdefault(key, []).append(float(row["error"]))
         except (KeyError, ValueError, TypeError, csv.Error) as problem:
             raise ValueError(f"{path} is damaged or of another version: {problem!r}") from None
     if not errors:

@@ -3,6 +3,7 @@
 import os
 import sys
 
+from common.screen import visible
 from pricing.data.prompt import Example
 
 CODES = {"green": "32", "yellow": "33", "red": "31", "learnt": "1;35", "dim": "2"}
@@ -21,13 +22,18 @@ def show_example(example: Example, tokenizer, learnt: int) -> str:
     and in colour."""
     answer = "".join(f"[{tokenizer.decode([token])}]" for token in example.answer[:learnt])
     rest = tokenizer.decode(example.answer[learnt:])
-    return "  | " + (tokenizer.decode(example.prompt) + paint(answer, "learnt") + rest).replace("\n", "\n  | ")
+    return "  | " + (visible(tokenizer.decode(example.prompt)) + paint(answer, "learnt") + rest).replace("\n", "\n  | ")
+
+
+def whole(dollars: float) -> str:
+    """A guess or the end of a range as text: whole dollars, at least 1, the least price that is learnt"""
+    return f"{max(dollars, 1):.0f}"
 
 
 def show_guess(title: str, truth: float, guess: float, colour: str) -> str:
     """One line about a priced item; truth and guess in dollars"""
-    line = f"guess {f'${guess:.0f}':>5}  truth {f'${truth:.2f}':>8}  off by {f'${abs(guess - truth):.2f}':>8}"
-    return f"{paint(line, colour)}  {title[:60]}"
+    line = f"guess {f'${whole(guess)}':>5}  truth {f'${truth:.2f}':>8}  off by {f'${abs(guess - truth):.2f}':>8}"
+    return f"{paint(line, colour)}  {visible(title[:60])}"
 
 
 def signed(dollars: float) -> str:
@@ -37,6 +43,7 @@ def signed(dollars: float) -> str:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Lines of columns as wide as their widest cell; the first column is aligned left, the others right."""
+    rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = []
     for row in [header, ["-" * w for w in widths], *rows]:

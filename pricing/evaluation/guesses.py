@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
+from common.screen import listed
 from pricing.data import reference
-from pricing.data.items import ANSWER, QUESTION, Item, normalise_title
+from pricing.data.items import Item, normalise_title, without_question
+from pricing.evaluation.cells import unguarded
 
 # The first five of the reference's 2,000 test items, by the sha256 of their words: by these its test is recognised.
 FIRST = {"49e2e75bb96f6268", "62c0a0dd24f1cf4a", "0539dbc847b719f9", "290e721dd86c90eb", "f67b47305eec42cd"}
-PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,12 @@ def read_guesses(given: str, items: list[Item]) -> Guesses:
     rows, columns = read_table(Path(path))
     column = next((wanted for wanted in ("guess", name) if wanted in columns), None)
     if column is None:
-        raise ValueError(f"{path} has no column guess or {name}; it has {', '.join(columns)}")
+        raise ValueError(f"{path} has no column guess or {name}; it has {listed(columns)}")
     key = next((wanted for wanted in ("id", "n") if wanted in columns), None)
     if key:
         by_id = {}
         for number, row in rows:
+            row[key] = unguarded(row[key] or "")
             if by_id.setdefault(row[key], (number, row))[0] != number:
                 raise ValueError(f"{path}, row {number}: {key} {row[key]} stands in row {by_id[row[key]][0]} already")
         if missing := [item.id for item in items if item.id not in by_id]:
@@ -106,7 +109,7 @@ def published_guesses(items: list[Item]) -> list[Guesses]:
     tests = reference.published_tests()
     numbers, known, result = {}, [], []  # text -> its numbers, from 1: four texts stand there twice
     for number, item in enumerate(tests["data"], 1):
-        text = ANSWER.sub("", QUESTION.sub("", item["text"]))
+        text = without_question(item["text"])
         numbers.setdefault(normalise_title(text), []).append(number)
     for i, item in enumerate(items):
         if alike := numbers.get(normalise_title(item.text)):

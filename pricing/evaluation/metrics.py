@@ -57,6 +57,14 @@ def mean_by(keys: list[str], columns: dict[str, np.ndarray]) -> dict:
     }
 
 
+def error_apart(errors: np.ndarray, chosen: list[int]) -> dict:
+    """{"share": of the items that are `chosen`, "mae_with", "mae_without": mean error of these and of the others, None
+    of no items}"""
+    others = np.setdiff1d(np.arange(len(errors)), chosen)
+    means = [float(errors[part].mean()) if len(part) else None for part in (chosen, others)]
+    return {"share": len(chosen) / len(errors)} | dict(zip(("mae_with", "mae_without"), means, strict=True))
+
+
 def band_of(price: float) -> str:
     """`$50-100` for 64 dollars; the last band holds all prices from $400 up"""
     number = max(np.searchsorted(BANDS, price, side="right") - 1, 0)
@@ -77,8 +85,9 @@ def score(
     `interval` is the range (low, high) of each item, `groups` what mae_ci95 is resampled by (bootstrap_interval).
 
     mae = mean |truth - guess|; bias = mean(guess - truth); rmsle = sqrt(mean((ln(1 + truth) - ln(1 + guess))^2));
-    r2 = 1 - squared error / variance; hits = share of green; ratio = mae / constant_mae; coverage = share of the items
-    with low <= truth <= high; width = mean(high - low). Raises ValueError for no items or a guess that is not finite.
+    smape = mean(2 |truth - guess| / (truth + guess)), 0 to 2; r2 = 1 - squared error / variance; hits = share of
+    green; ratio = mae / constant_mae; coverage = share of the items with low <= truth <= high; width = mean(high -
+    low). Raises ValueError for no items or a guess that is not finite.
     """
     if len(truth) == 0 or len(truth) != len(guess):
         raise ValueError(f"cannot score {len(guess)} guesses of {len(truth)} items")
@@ -100,6 +109,7 @@ def score(
         "median_error": float(np.median(errors)),
         **{name: float(values.mean()) for name, values in columns.items() if name != "mae"},
         "rmsle": float(np.sqrt(np.mean((np.log1p(truth) - np.log1p(np.maximum(guess, 0))) ** 2))),
+        "smape": float(np.mean(2 * errors / (truth + np.maximum(guess, 0)))),
         "r2": 1 - float(((truth - guess) ** 2).sum()) / spread if spread else 0.0,
         "hits": colours.count("green") / len(colours),
         **{name: colours.count(name) for name in ("green", "yellow", "red")},

@@ -12,7 +12,8 @@ from string import Template
 import numpy as np
 
 from pricing.data.items import Item
-from pricing.evaluation.console import signed
+from pricing.evaluation.cells import guarded
+from pricing.evaluation.console import signed, whole
 from pricing.evaluation.metrics import colour
 
 REPORT = ("metrics.json", "predictions.csv", "scatter.png", "comparison.png", "report.html")  # its files
@@ -22,13 +23,14 @@ PAINT = {"green": "#2a9d4a", "yellow": "#d9a400", "red": "#c8332b"}
 
 
 def write_predictions(path: Path, items: list[Item], guess: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-    """Write predictions.csv: a line an item, prices in dollars; `low` and `high` are the ends of the range."""
+    """Write predictions.csv: a line an item, prices in dollars; `low` and `high` are the ends of the range. A title
+    that a spreadsheet would run begins with an apostrophe (cells.py)."""
     with open(path, "w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
         writer.writerow(COLUMNS)
         for item, g, lo, hi in zip(items, guess, low, high, strict=True):
             prices = [f"{price:.2f}" for price in (item.price, g, lo, hi, abs(item.price - g))]
-            writer.writerow([item.id, item.title, *prices, colour(item.price, g)])
+            writer.writerow([guarded(item.id), guarded(item.title), *prices, colour(item.price, g)])
 
 
 def comparison_table(comparison: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
@@ -60,11 +62,18 @@ def headline(metrics: dict, fallback: float) -> str:
             f"{leaks['share']:.0%} of them have a near-duplicate in training ({leaks['threshold']} of their word "
             f"pairs): off by ${leaks['mae_with']:.2f}{others}"
         )
+    if (stated := metrics["stated"])["share"]:
+        others = "" if stated["mae_without"] is None else f", the others by ${stated['mae_without']:.2f}"
+        lines.append(
+            f"{stated['share']:.0%} of them have their price in their text, which is no guessing: off by "
+            f"${stated['mae_with']:.2f}{others}"
+        )
     if "least_mae" in metrics:
         least = f"${metrics['least_mae']:.2f}"
         lines.append(f"the least reachable error on these items is {least}: the catalogue's own noise")
     if failures := metrics["parse_failures"]:
-        lines.append(f"{failures} answers were not a price; they count as ${fallback:.0f}, the median training price")
+        price = f"${whole(fallback)}, the median training price"
+        lines.append(f"{failures} answers were not a price; they count as {price}")
     return "\n".join(lines)
 
 
@@ -151,7 +160,7 @@ def items_table(items: list[Item], guess: np.ndarray, interval: tuple[np.ndarray
         words = f"<b>{html.escape(first)}</b> " + html.escape(" \N{MIDDLE DOT} ".join(filter(None, others)))
         rows += (
             f'<tr><td><span class="dot {colour(price, guess[i])}"></span>{words}</td><td>${price:,.2f}</td>'
-            f"<td>${guess[i]:,.0f}</td><td>${interval[0][i]:,.0f} to ${interval[1][i]:,.0f}</td>"
+            f"<td>${whole(guess[i])}</td><td>${whole(interval[0][i])} to ${whole(interval[1][i])}</td>"
             f"<td>${abs(price - guess[i]):,.2f}</td></tr>"
         )
     head = "<tr><th>text</th><th>truth</th><th>guess</th><th>range</th><th>off by</th></tr>"
@@ -218,7 +227,7 @@ def write_report(
     fine-tuned model first; `description` is what the page says of the run.
     """
     truth = np.array([item.price for item in items])
-    (directory / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (directory / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     write_predictions(directory / "predictions.csv", items, guess, *interval)
     title = f"{metrics['n']:,} held-out products, off by ${metrics['mae']:.2f} on average"
     draw_scatter(directory / "scatter.png", truth, guess, title)

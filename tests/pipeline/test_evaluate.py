@@ -132,3 +132,35 @@ def test_items_that_were_trained_on_are_left_out(place, tmp_path):
     (tmp_path / "other.jsonl").write_text(json.dumps(seen | {"split": "test"}))
     _, err = run("evaluate.py", "--ckpt", place / "out", "--data", tmp_path / "other.jsonl", code=2)
     assert "were trained on" in err
+
+
+def test_rows_of_another_file_without_a_split_are_all_priced(place, tmp_path):
+    """Of one without any, and of one with some; of the run's own file under another name only its test items. A price
+    that stands in the text is told apart."""
+    rows = [{"title": f"tin {n} \u2013 \x1b[2J", "price": 8, "description": "new"} for n in range(30)]
+    rows[3]["description"], rows[5]["description"], rows[7]["split"] = "Now only $8", "Price: 8.00", "val"
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    shutil.copytree(place / "out", tmp_path / "out")
+    command = "evaluate.py", "--ckpt", tmp_path / "out", "--no-untuned", "--data"
+    out, _ = run(*command, other)
+    assert "of them lie in no split and are not the run's: all are priced" in out and "\x1b" not in out
+    metrics = metrics_of(tmp_path)
+    assert metrics["n"] == 29 and metrics["stated"]["share"] == 2 / 29 and 0 < metrics["smape"] < 2
+    assert f"the others by ${metrics['stated']['mae_without']:.2f}" in out
+    shutil.copy(place / "items.jsonl", tmp_path / "same.jsonl")
+    out, _ = run(*command, tmp_path / "same.jsonl", "--quiet")
+    assert "all are priced" not in out and metrics_of(tmp_path)["n"] == len(priced_items(place)[0])
+
+
+@pytest.mark.parametrize("locale", [{"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_a_terminal_that_lacks_a_sign_still_gets_its_report(place, tmp_path, monkeypatch, locale):
+    rows = [{"title": f"tin {n} \u2013 \u4e2d", "price": 8, "description": "new"} for n in range(9)]
+    (tmp_path / "other.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    shutil.copytree(place / "out", tmp_path / "out")
+    for name, value in locale.items():
+        monkeypatch.setenv(name, value)
+    out, _ = run("evaluate.py", "--ckpt", tmp_path / "out", "--no-untuned", "--data", tmp_path / "other.jsonl")
+    assert "tin 3 ? ?" in out and "report in" in out
+    report = (tmp_path / "out" / "report" / "predictions.csv").read_text(encoding="utf-8")
+    assert "tin 3 \u2013 \u4e2d" in report

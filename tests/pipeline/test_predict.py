@@ -6,16 +6,21 @@
 import csv
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trained_run import WORDS, guesses, run, seal_again
+from trained_run import ROOT, WORDS, guesses, run, seal_again
 
 from pipeline.checkpoint import read_calibration
 from pipeline.predictor import Predictor
+from predict import read_texts
 
 
 def test_predict_prices_a_text_and_a_file(place):
@@ -120,3 +125,91 @@ def test_members_are_whole_runs_and_their_predictions_are_averaged(place, tmp_pa
     assert all((same[0][key] == again[key]).all() for key in again)
     _, err = run("evaluate.py", "--ckpt", tmp_path / "two", "--decode", "greedy", "--items", "3", code=2)
     assert "has 2 members" in err
+
+
+# ---- files of texts --------------------------------------------------------------------------------------------------
+
+
+def rows_of(table):
+    return list(csv.DictReader(io.StringIO(table)))
+
+
+def test_a_row_of_output_for_each_row_of_input_blank_ones_included(place, tmp_path):
+    """In order, over chunks of two; ids are handed through; only line ends end lines"""
+    texts = ["gold 1", "", "tin\u20282", "  ", "brass\x0c3\x854", ""]
+    (tmp_path / "a.txt").write_bytes("\r\n".join([*texts[:-1], "", ""]).encode())
+    in_twos = "import predict; predict.CHUNK = 2; predict.main(predict.pricing_options(predict.__doc__))"
+    table, _ = run("-c", in_twos, "--ckpt", place / "out", "--file", tmp_path / "a.txt")
+    assert [row["text"] for row in rows_of(table)] == [text.strip() for text in texts]
+    assert [bool(row["price"]) for row in rows_of(table)] == [bool(text.strip()) for text in texts]
+    (tmp_path / "a.csv").write_text("id,title\n=7,gold 1\n,\n\n9,tin 2\n")
+    table, _ = run("predict.py", "--ckpt", place / "out", "--file", tmp_path / "a.csv")
+    assert [row["id"] for row in rows_of(table)] == ["'=7", "", "", "9"]
+    assert [bool(row["price"]) for row in rows_of(table)] == [True, False, False, True]
+    (tmp_path / "a.jsonl").write_text('{"id": 4, "title": "=gold"}\n\n{"id": 5}\n')
+    table, _ = run("predict.py", "--ckpt", place / "out", "--file", tmp_path / "a.jsonl")
+    assert [(row["id"], row["text"]) for row in rows_of(table)] == [("4", "'=gold"), ("", ""), ("5", "")]
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.csv", "title,stars\nring, 9 mm,4\n", "a.csv, row 1: one of the rows with more cells than the header"),
+        ("a.csv", "title,title\na,b\n", "two columns of the name 'title'"),
+        ("a.csv", "name,stars\na,b\n", "a.csv: no row has a text; its columns are name, stars"),
+        ("a.jsonl", '{"title": "tin"}\n{"title": {"en": "tin"}}\n', "row 2: one of the rows whose column 'title' is"),
+        ("a.jsonl", '{"title": "tin"}\nnot json\n', "row 2: one of the rows that are not an object"),
+        ("a.jsonl", "", "a.jsonl: it is empty"),
+        ("a.txt", "\n\n", "a.txt: no row has a text"),
+        ("a.json", "[]", "a.json: expected .jsonl, .csv or .parquet; write one object a line"),
+    ],
+)
+def test_a_row_that_is_none_is_named(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError) as error:
+        read_texts(tmp_path / name)
+    assert words in str(error.value)
+
+
+def test_what_was_priced_stays_when_predict_is_stopped(place, tmp_path):
+    """Rows come while later ones are not priced yet: Ctrl-C in the third chunk leaves two."""
+    (tmp_path / "a.txt").write_text("".join(f"tin {n}\n" for n in range(40)))
+    stopped = """
+import sys, predict, pipeline.predictor
+from common.cli import run_main
+predict.CHUNK, price, calls = 8, pipeline.predictor.Predictor.predict, []
+def predict_or_stop(self, *args, **options):
+    calls.append(1)
+    if len(calls) == 3:
+        raise KeyboardInterrupt
+    return price(self, *args, **options)
+pipeline.predictor.Predictor.predict = predict_or_stop
+run_main(lambda: predict.main(predict.pricing_options(predict.__doc__)))
+"""
+    command = "--ckpt", place / "out", "--file", tmp_path / "a.txt"
+    table, _ = run("-c", stopped, *command, code=130)
+    whole, _ = run("predict.py", *command)
+    assert len(rows_of(table)) == 16 and whole.startswith(table)
+
+
+def test_head_is_no_error(place, tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"{'tin ' * 20}{n}\n" for n in range(3000)))
+    pipe = f"{sys.executable} predict.py --ckpt {place / 'out'} --file {tmp_path / 'a.txt'} | head -n 2"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "-c", f"{pipe}; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.count("\n") == 2, done.stderr[-900:]
+    assert "Error" not in done.stderr and "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("locale", [{"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_a_terminal_that_lacks_a_sign_still_gets_its_prices(place, tmp_path, monkeypatch, locale):
+    """And files are in UTF-8 all the same"""
+    for name, value in locale.items():
+        monkeypatch.setenv(name, value)
+    out, _ = run("predict.py", "--ckpt", place / "out", "gold \u2013 \x1b[2J ring")
+    assert out.startswith("$") and out.rstrip().endswith("gold ? \\x1b[2J ring")
+    (tmp_path / "a.txt").write_text("gold \u2013 \u4e2d\n", encoding="utf-8")
+    table, _ = run("predict.py", "--ckpt", place / "out", "--file", tmp_path / "a.txt")
+    assert rows_of(table)[0]["text"] == "gold \u2013 \u4e2d"

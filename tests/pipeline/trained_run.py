@@ -18,7 +18,8 @@ from conftest import byte_tokenizer_json, hugging_face_model, tiny_config
 
 from common.manifest import seal
 from pipeline.checkpoint import OWNED
-from pricing.data.items import items_from_rows, read_rows
+from pricing.data.items import items_from_rows
+from pricing.data.rows import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = tempfile.TemporaryDirectory()  # not the user's

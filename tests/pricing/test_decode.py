@@ -169,7 +169,9 @@ def test_greedy_is_what_generation_writes():
                     if not any(k[: len(path) + 1] == (*path, token) for k in letters):
                         break
                     path += (token,)
-                expected = letters.get(path, np.nan)
+                behind = int(log_probs([*prompt, *path]).argmax())
+                goes_on = behind == ord(",") or any(behind in encode(str(n)) for n in range(PRICES))
+                expected = np.nan if goes_on else letters.get(path, np.nan)
                 np.testing.assert_equal(got[row], expected)
 
 
@@ -191,6 +193,25 @@ def test_greedy_reads_a_price_and_reports_none():
 
     assert [scripted(t) for t in ("123.00", "45.00", "7.00", "12 dollars")] == [123, 45, 7, 12]
     assert np.isnan(scripted("about 5"))
+    # What is written is 1,000 and more, not 1, 12 or 100; a digit behind "." belongs to the cents.
+    assert np.isnan([scripted(t) for t in ("1,000.00", "12,500", "123,456", "1000.00", "1000")]).all()
+    assert [scripted(t) for t in ("100.00", "999", "1", "0.99", "100 000", "5.0000")] == [100, 999, 1, 0, 100, 5]
+
+
+@pytest.mark.parametrize(
+    "encode, written", [(whole, [1001, 44]), (whole, [1100, 1000]), (pairs, [49, 44]), (digits, [49, 44])]
+)
+def test_a_number_that_goes_on_is_no_price_for_any_tokeniser(encode, written):
+    """ "1" and ",", "100" and "0" """
+
+    def prefill(prompts, choices):
+        return None, torch.tensor(written[:1]), [0]
+
+    def extend(cache, tokens, parents, choices):
+        cache[0] += 1
+        return None, torch.full(tokens.shape, written[cache[0]] if cache[0] < len(written) else 2)
+
+    assert np.isnan(greedy_prices(prefill, extend, [[1]], PriceTree.build(encode))).all()
 
 
 def test_picks_by_hand():

@@ -13,12 +13,12 @@ from pricing.data.items import (
     items_from_rows,
     normalise_title,
     parse_price,
-    read_rows,
     sample,
     split_of,
     unseen,
 )
 from pricing.data.prompt import load_prompt
+from pricing.data.rows import read_rows
 
 
 def row(**changes):
@@ -48,7 +48,7 @@ def test_prices_that_are_read(value, dollars):
         ("$1,299.00", "outside"),
         (999.50, "outside"),
         (-5, "outside"),
-        (float("nan"), "outside"),
+        (float("nan"), "without a price"),
         ("nan", "unreadable"),
         ("1_2", "unreadable"),
         (True, "unreadable"),

@@ -1,11 +1,13 @@
 """What is reported, with hand-computed expectations."""
 
 import math
+import time
 
 import numpy as np
 import pytest
 
-from pricing.evaluation.metrics import band_of, bootstrap_interval, colour, paired_difference, score
+from pricing.evaluation.metrics import band_of, bootstrap_interval, colour, error_apart, paired_difference, score
+from pricing.evaluation.stated import states_price
 
 
 @pytest.mark.parametrize(
@@ -122,3 +124,37 @@ def test_scores_that_make_no_sense_are_refused():
         score(np.array([]), np.array([]), 1.0, [])
     with pytest.raises(ValueError, match="guess 2 is not a number"):
         score(np.array([1.0, 2.0]), np.array([1.0, np.nan]), 1.0, ["", ""])
+
+
+def test_smape_by_hand():
+    """2 * 10 / 190 and 2 * 30 / 30: a guess of nothing is as wrong as can be"""
+    metrics = score(np.array([100.0, 30.0]), np.array([90.0, 0.0]), 50.0, ["c"] * 2)
+    assert metrics["smape"] == pytest.approx((20 / 190 + 2) / 2)
+
+
+def test_the_error_of_some_items_and_of_the_others():
+    errors = np.array([1.0, 2.0, 6.0])
+    assert error_apart(errors, [2]) == {"share": 1 / 3, "mae_with": 6.0, "mae_without": 1.5}
+    assert error_apart(errors, []) == {"share": 0.0, "mae_with": None, "mae_without": 3.0}
+    assert error_apart(errors, [0, 1, 2])["mae_without"] is None
+
+
+@pytest.mark.parametrize(
+    "text, price, named",
+    [
+        ("Mug. Now only $12.99!", 12.99, True), ("Mug\nPrice: 12.99", 12.99, True), ("12.99 a piece", 12.99, True),
+        ("sold at $ 13", 12.99, True), ("13 USD", 13.2, True), ("only 13 left", 13, True),
+        ("Price is US $13.", 13, True),
+        ("pack of 13", 13, False), ("112.99 mm, 12.990, 12.99.1", 12.99, False), ("was $12.98", 12.99, False),
+        ("$1,013 and $13,000", 13, False), ("$130", 13, False), ("", 13, False), ("13 dollars", 13, True),
+    ],
+)  # fmt: skip
+def test_prices_that_stand_in_the_text(text, price, named):
+    assert states_price(text, price) == named
+
+
+def test_looking_for_a_price_takes_no_time():
+    started = time.perf_counter()
+    for piece in ("1,", "1", ",111", "$ ", " ", "price "):
+        assert not states_price(piece * (1_000_000 // len(piece)), 13)
+    assert time.perf_counter() - started < 4

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from pricing.data.items import Item
-from pricing.evaluation.compare import compare_reports
+from pricing.evaluation.cells import guarded, unguarded
+from pricing.evaluation.compare import compare_reports, read_predictions
+from pricing.evaluation.console import show_guess, table, whole
+from pricing.evaluation.guesses import read_guesses
 from pricing.evaluation.metrics import paired_difference, score
-from pricing.evaluation.report import comparison_table, write_predictions, write_report
+from pricing.evaluation.report import comparison_table, headline, write_predictions, write_report
 
 
 @pytest.fixture
@@ -144,3 +147,44 @@ def test_what_is_no_report_is_refused(tmp_path):
         (bad / "predictions.csv").write_text(content)
         with pytest.raises(ValueError, match=words):
             compare_reports(good, bad)
+
+
+TITLES = [
+    "=1+2", "+1", "-5 mm bolt", "@home", "\tx", "\rx", "'=1", "''=1", "'quoted' mug", " =1", "plain", "", "\uff1d1",
+    'a "b", c\nd', "a=b",
+]  # fmt: skip
+
+
+def test_no_title_runs_as_a_formula_and_none_is_changed(tmp_path):
+    """What a spreadsheet sees begins with no sign of a formula; what compare.py reads is what was written."""
+    assert [unguarded(guarded(title)) for title in TITLES] == TITLES
+    a = predictions(tmp_path / "a", [10.0] * len(TITLES), range(len(TITLES)), TITLES)
+    with open(a / "predictions.csv", newline="", encoding="utf-8") as handle:
+        cells = [row["title"] for row in csv.DictReader(handle)]
+    assert not any(cell.lstrip(" ")[:1] in tuple("=+-@\t\r\uff1d") for cell in cells if cell)
+    assert cells[8] == "'quoted' mug" and cells[10:12] == ["plain", ""] and cells[14] == "a=b"
+    assert [title for _, title, _ in read_predictions(a)] == TITLES
+
+
+def test_guesses_are_found_by_ids_that_were_guarded(tmp_path):
+    items = [Item(name, "t", "t", 10.0, "", "test") for name in ("-5", "x")]
+    write_predictions(tmp_path / "p.csv", items, np.array([7.0, 8.0]), np.ones(2), np.ones(2))
+    assert "'-5" in (tmp_path / "p.csv").read_text()
+    assert read_guesses(f"me={tmp_path / 'p.csv'}", items[::-1]).guess.tolist() == [8, 7]
+
+
+def test_no_price_of_0_dollars_is_shown():
+    assert [whole(dollars) for dollars in (0.0, 0.5, 1.4, 999.49)] == ["1", "1", "1", "999"]
+    assert "guess    $1  truth    $0.60" in show_guess("mug \x1b[31m", 0.6, 0.5, "green")
+    assert show_guess("mug \x1b[31m", 0.6, 0.5, "green").endswith("mug \\x1b[31m")
+    assert table(["a"], [["b\x1b"]]).endswith("b\\x1b")
+
+
+def test_the_last_lines_tell_of_what_is_no_guessing():
+    part = {"share": 0.25, "mae_with": 1.0, "mae_without": 30.5}
+    metrics = dict(n=8, seconds=1.0, mae=20.0, mae_ci95=[1, 2], ratio=0.5, constant_mae=40.0, coverage=0.8, share=0.8)
+    metrics |= {"leaks": {"share": 0.0}, "stated": part, "parse_failures": 0}
+    assert "25% of them have their price in their text, which is no guessing: off by $1.00, the others by $30.50" in (
+        headline(metrics, 50.0)
+    )
+    assert "in their text" not in headline(metrics | {"stated": {"share": 0.0}}, 50.0)

@@ -30,6 +30,41 @@ def test_folders_of_hub_files_take_the_split_from_the_name(tmp_path):
     assert sorted(item.split for item in items) == ["test", "train"]
 
 
+SPLITS = {
+    "train/part0": "train", "test/part0": "test", "data/validation/part0": "val", "x_train": "train", "x_test": "test",
+    "prices-test": "test", "prices_dev": "val", "eval": "test", "dev": "val", "train-00000-of-00002": "train",
+    "Testing data": "test", "test2": "test", "test/x_train": "test", "valid.v2": "val",
+    "part0.test": "test", "a/evaluation-set/b/part": "test",
+    "valves": None, "trainers_and_sneakers": None, "testimonials": None, "developers/part0": None, "contest": None,
+    "train_test_split": None, "latest": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, split", SPLITS.items())
+def test_splits_are_whole_words_in_names_of_files_and_folders(tmp_path, name, split):
+    path = tmp_path / "contest_train" / f"{name}.jsonl"  # the folder that all of it is in says nothing
+    path.parent.mkdir(parents=True)
+    path.write_text("\n".join(json.dumps(row(title=f"mug {n}", split=s)) for n, s in enumerate(("", None, "val"))))
+    rows = [row for _, row in sources.folder_rows(tmp_path / "contest_train")]
+    assert [r["split"] for r in rows] == ([split, split, "val"] if split else ["", None, "val"])
+
+
+@pytest.mark.parametrize("name, words", [("a.json", "json file; write one"), ("a.jsonl.gz", "gz file; unpack it")])
+def test_a_folder_of_other_kinds_of_files_is_told_what_to_do(tmp_path, name, words):
+    (tmp_path / name).write_text("[]")
+    with pytest.raises(ValueError, match=f"has no .parquet, .jsonl or .csv file; of a .{words}"):
+        list(sources.folder_rows(tmp_path))
+
+
+def test_rows_without_a_split_go_where_they_are_asked_to(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(row(title=f"mug {n}", split="val" if n == 3 else "")) for n in range(40)))
+    asked = [item.split for item in sources.load_items(str(path), 0, 0, default_split="test")[0]]
+    assert asked == ["val" if n == 3 else "test" for n in range(40)]
+    assert "train" in {item.split for item in sources.load_items(str(path), 0, 0)[0]}
+    assert "train" in {item.split for item in sources.load_items("catalogue", 40, 0, default_split="test")[0]}
+
+
 def test_pc_parts_equal_the_known_list(tmp_path, monkeypatch):
     """Downloaded (here from a file URL), checked, written out: the 15,489 items of the shared file, no more, no
     less."""
