@@ -8,6 +8,7 @@ import pytest
 from raw_records import record, rows_of, write
 
 from pricing.curation.curate import curate
+from pricing.curation.raw import Options, sift
 from pricing.curation.rules import FIRST, PRESETS, SECOND, Rejected, item_of, token_rule
 
 BAD_KIND = "records with fields of another type"
