@@ -154,8 +154,6 @@ def test_text_that_cannot_be_written_as_it_is(tmp_path):
 
 def test_an_object_where_a_brand_should_be_costs_its_record_alone():
     """Not its Python spelling, and not the run"""
-    from pricing.curation.raw import Options, sift
-
     good = {"title": "Mug", "price": 9.5, "features": ["blue " * 200], "description": [], "details": {}}
     lines = [good | {"store": {"name": "Acme"}}, good | {"parent_asin": {"a": 1}}, good | {"store": "Acme"}]
     block = sift("\n".join(map(json.dumps, lines)).encode(), "Kitchen", Options(PRESETS["second"], 0, 0))
