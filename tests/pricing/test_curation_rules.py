@@ -8,6 +8,7 @@ import pytest
 from raw_records import record, rows_of, write
 
 from pricing.curation.curate import curate
+from pricing.curation.raw import Options, sift
 from pricing.curation.rules import FIRST, PRESETS, SECOND, Rejected, item_of, token_rule
 
 BAD_KIND = "records with fields of another type"
@@ -149,3 +150,11 @@ def test_text_that_cannot_be_written_as_it_is(tmp_path):
     rows = rows_of(tmp_path / "items.parquet")
     assert [row["title"] for row in rows] == ["_", "half ? pair", "_"]
     assert rows[1]["id"] == "meta_Toys_and_Games:2" and rows[1]["category"] == "Toys and Games"
+
+
+def test_an_object_where_a_brand_should_be_costs_its_record_alone():
+    """Not its Python spelling, and not the run"""
+    good = {"title": "Mug", "price": 9.5, "features": ["blue " * 200], "description": [], "details": {}}
+    lines = [good | {"store": {"name": "Acme"}}, good | {"parent_asin": {"a": 1}}, good | {"store": "Acme"}]
+    block = sift("\n".join(map(json.dumps, lines)).encode(), "Kitchen", Options(PRESETS["second"], 0, 0))
+    assert len(block.rows) == 1 and block.counts == {"records with fields of another type": 2}

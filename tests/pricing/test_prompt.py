@@ -35,3 +35,17 @@ def test_long_texts_are_cut_but_never_the_question(tokenizer):
     )
     with pytest.raises(ValueError, match="the question alone takes"):
         encode_prompt("x" * 500, tokenizer, 20)
+
+
+def test_a_text_of_a_megabyte_is_cut_before_it_is_tokenised():
+    """Of a text that is far too long, no more is looked at than could fit"""
+    seen = []
+
+    class Letters:
+        def encode_prompt(self, text):
+            seen.append(len(text))
+            return [ord(letter) for letter in text]
+
+    text = "mug" + " " * 1_000_000 + "red"
+    ids, cut = encode_prompt(text, Letters(), 100)
+    assert bytes(ids).decode().count("mug") == 1 and max(seen) < 10_000 and 0.99 < cut < 1
