@@ -22,7 +22,7 @@ KINDS = {"model": ("model", "", "licence"), "data set": ("dataset", "data set ",
 
 
 def cache_directory() -> Path:
-    return Path(os.environ.get("QLORA_CACHE") or Path.home() / ".cache" / "qlora-pricer")
+    return Path(os.environ.get("QLORA_CACHE") or Path.home() / ".cache" / "qlora-pricer").expanduser()
 
 
 def sha256(path: str | Path) -> str:
@@ -44,11 +44,11 @@ def once(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def download(url: str, digest: str, path: Path) -> Path:
-    """The file `path`, fetched where it is not there yet, with a bar.
+    """The file `path`, fetched where it is not there yet or no longer has the sha256 `digest`, with a bar.
 
     Raises OSError where the server cannot be reached or the contents do not have the sha256 `digest`.
     """
-    if path.is_file():
+    if path.is_file() and sha256(path) == digest:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

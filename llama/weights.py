@@ -6,7 +6,6 @@ model plus one matrix, so an 8B model is never whole in 16 bits. Before anything
 compared with what the model needs.
 """
 
-import json
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from common.shards import weight_map
 from llama.model import Llama
 
 MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]  # (O, I) weight, (O,) bias or None -> a layer
@@ -35,17 +35,7 @@ class Checkpoint:
         self.files: dict[str, str] = {}  # our name -> file name
         self.keys: dict[str, str] = {}  # our name -> name in the file
         self.rows: dict[str, tuple[int, int, int]] = {}  # our name -> its rows of a fused matrix, first, end, of all
-        index = self.directory / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                listed = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{index} is damaged: {error!r}") from None
-        elif (self.directory / "model.safetensors").is_file():
-            listed = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
-        else:
-            raise ValueError(f"{self.directory} holds neither model.safetensors nor model.safetensors.index.json")
-        for key, file in listed.items():
+        for key, file in weight_map(directory).items():
             name = key.removeprefix("model.")
             if name.endswith("rotary_emb.inv_freq"):
                 continue  # old Llama 2 files carry the rope table; rope.py computes it
@@ -106,6 +96,13 @@ class Checkpoint:
             if part.get_dtype() not in FLOATS:
                 raise ValueError(
                     f"{self.directory}: {name} has dtype {part.get_dtype()}, expected one of {sorted(FLOATS)}"
+                )
+        if tied and "lm_head.weight" in self.files:
+            head, embedding = (self.read(name, "cpu") for name in ("lm_head.weight", "embed_tokens.weight"))
+            if head.dtype != embedding.dtype or not torch.equal(head, embedding):
+                raise ValueError(
+                    f"{self.directory}: lm_head.weight differs from embed_tokens.weight, which config.json ties "
+                    "(tie_word_embeddings)"
                 )
 
     def read(self, name: str, device: torch.device | str) -> Tensor:

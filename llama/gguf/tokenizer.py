@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from llama.tokenizer import spm
-from llama.tokenizer.bpe import BYTE_LEVEL, PRE_TOKENIZERS
+from llama.tokenizer.bpe import BYTE_LEVEL, GGUF_NAMES, PRE_TOKENIZERS
 
 
 def write_tokenizer(fields: dict, directory: Path) -> None:
@@ -18,7 +18,8 @@ def write_tokenizer(fields: dict, directory: Path) -> None:
     if fields.get("tokenizer.ggml.model") == "llama":
         (directory / "tokenizer.model").write_bytes(tokenizer_model_from_gguf(fields))
     else:
-        (directory / "tokenizer.json").write_text(json.dumps(tokenizer_json_from_gguf(fields), ensure_ascii=False))
+        said = json.dumps(tokenizer_json_from_gguf(fields), ensure_ascii=False)
+        (directory / "tokenizer.json").write_text(said, encoding="utf-8")
     (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config_from_gguf(fields)))
 
 
@@ -50,6 +51,7 @@ def tokenizer_json_from_gguf(fields: dict) -> dict:
     """
     get = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}.get
     model, pre, tokens, merges, types = map(get, ("model", "pre", "tokens", "merges", "token_type"))
+    named, pre = pre, GGUF_NAMES.get(pre, pre) if isinstance(pre, str) else pre
     if model != "gpt2" or pre not in PRE_TOKENIZERS:
         raise ValueError(
             f"GGUF tokenizer.ggml.model {model!r} with tokenizer.ggml.pre {pre!r} is not supported; "
@@ -82,7 +84,7 @@ def tokenizer_json_from_gguf(fields: dict) -> dict:
         "padding": None,
         "added_tokens": added,
         # Qwen normalises to NFC; GGUF has no field for it and llama.cpp leaves it out.
-        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+        "normalizer": {"type": "NFC"} if named == "qwen2" else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "post_processor": post,
         "decoder": BYTE_LEVEL | {"trim_offsets": True},

@@ -119,7 +119,10 @@ def _from_json(data: dict, config: dict) -> Tokenizer:
 
 
 def _byte_level(data: dict, added: dict[str, dict]) -> bpe.ByteLevel:
-    normalizer = (data.get("normalizer") or {}).get("type")
+    normalizer = data.get("normalizer") or {}
+    if normalizer.get("type") == "Sequence" and len(normalizer["normalizers"]) < 2:
+        normalizer = next(iter(normalizer["normalizers"]), {})
+    normalizer = normalizer.get("type")
     if normalizer not in (None, "NFC"):
         raise ValueError(f"normalizer {normalizer} is not supported")
     for name, token in added.items():  # "<think>" is a control token in all but name; words and runs of spaces are not

@@ -33,6 +33,8 @@ PRE_TOKENIZERS = {  # name in GGUF (`tokenizer.ggml.pre`): pattern here, pre_tok
     "llama-bpe": (LLAMA3, [_SPLIT | {"pattern": {"Regex": LLAMA3}}, BYTE_LEVEL | {"use_regex": False}]),
     "qwen2": (QWEN2, [_SPLIT | {"pattern": {"Regex": QWEN2}}, BYTE_LEVEL | {"use_regex": False}]),
 }
+# llama.cpp's other names for patterns of the table.
+GGUF_NAMES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 _LONG = 100_000  # characters; some way above it a run of whitespace overflows the stack of tiktoken's regex: a panic
 
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]

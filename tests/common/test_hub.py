@@ -109,3 +109,23 @@ def test_a_snapshot_asks_for_the_files_named(kind, word, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert hub.snapshot("org/name", kind, ["*.json"]) == tmp_path
+
+
+@pytest.mark.parametrize("damage", [b"replaced", b"", b"the fil"])
+def test_a_cached_file_that_was_replaced_or_cut_is_fetched_again(tmp_path, damage):
+    (tmp_path / "source").write_text("the file")
+    url, target = (tmp_path / "source").as_uri(), tmp_path / "cache" / "file.zip"
+    digest = hashlib.sha256(b"the file").hexdigest()
+    hub.download(url, digest, target)
+    target.write_bytes(damage)
+    assert hub.download(url, digest, target).read_text() == "the file"
+    target.write_bytes(damage)
+    (tmp_path / "source").unlink()
+    with pytest.raises(OSError, match="cannot fetch"):
+        hub.download(url, digest, target)
+
+
+def test_a_tilde_in_the_caches_name_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("QLORA_CACHE", "~/models")
+    assert hub.cache_directory() == tmp_path / "models"

@@ -442,3 +442,21 @@ def test_gemma3_270ms_tokenizer_is_the_librarys():
     texts += [text for text in TEXTS if "▁" not in text]
     assert without_bos(ours, bare, texts) == []
     assert (ours.bos_id, ours.eos_id, ours.adds_bos, ours.vocab_size) == (2, 1, True, 262144)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_part_of_a_split_file_is_refused_by_name(tmp_path, number):
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "part.gguf", "llama")
+    writer.add_uint16("split.no", number)
+    writer.add_uint16("split.count", 2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    from llama.gguf.read import convert
+
+    with pytest.raises(ValueError, match="it is one of 2 parts of a split file"):
+        convert(tmp_path / "part.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

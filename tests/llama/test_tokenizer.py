@@ -435,3 +435,26 @@ def test_no_training_library_is_imported():
     lines = Path(subject.__file__).read_text("utf-8").splitlines()
     imports = [line for line in lines if "import" in line.split("#")[0]]
     assert not [line for line in imports if " tokenizers" in line or "transformers" in line or " torch" in line]
+
+
+OTHERS = [("llama3", "llama-bpe"), ("llama-v3", "llama-bpe"), ("deepseek-r1-qwen", "qwen2")]
+
+
+@pytest.mark.parametrize("name, row", OTHERS)
+def test_other_names_of_llama_cpp_for_a_pattern(name, row):
+    fields = gguf_fields(toy_json(row), row)
+    same = tokenizer_json_from_gguf(fields)
+    named = tokenizer_json_from_gguf({**fields, "tokenizer.ggml.pre": name})
+    # Only Qwen's own files are normalised: DeepSeek's tokenizer.json has an empty Sequence.
+    assert named == {**same, "normalizer": None}
+
+
+@pytest.mark.parametrize("steps, nfc", [([], False), ([{"type": "NFC"}], True)])
+def test_a_sequence_of_no_normaliser_or_of_one(tmp_path, steps, nfc):
+    data = toy_json("gpt-2")
+    data["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    ours, oracle = load(tmp_path, data), hf.Tokenizer.from_str(json.dumps(data))
+    assert mismatches(ours, oracle, CORPUS + ["e\u0301"]) == []
+    data["normalizer"]["normalizers"] = [{"type": "Lowercase"}]
+    with pytest.raises(ValueError, match="normalizer Lowercase is not supported"):
+        load(tmp_path, data)

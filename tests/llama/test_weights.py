@@ -95,3 +95,15 @@ def test_no_more_than_one_linear_is_whole_at_a_time(tiny):
     assert len(alive) == 14
     assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     assert sum(isinstance(m, LinearNF4) for m in model.modules()) == 14
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path):
+    hugging_face_model(tiny_config(tie_word_embeddings=True), tmp_path)
+    expected = our_model(tmp_path)(TOKENS, LAYOUT)
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": embedding.clone()}))
+    assert torch.equal(our_model(tmp_path)(TOKENS, LAYOUT), expected)  # a copy does no harm
+    for other in (embedding.flip(0).contiguous(), embedding[:-1].clone()):
+        rewrite(tmp_path, lambda t, other=other: t.update({"lm_head.weight": other}))
+        with pytest.raises(ValueError, match="lm_head.weight differs from embed_tokens.weight, .*tie_word_embeddings"):
+            our_model(tmp_path)

