@@ -58,7 +58,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(place, tmp_path):
         (["predict.py", "--ckpt", place / "out", "--file", tmp_path / "latin.txt"], "latin.txt is not in UTF-8"),
         (["train.py", *model, *data, "--memory-budget", "6"], "'6' is 6 bytes; write 6GiB"),
         (["train.py", *model, *data, "--banana", "6"], "unrecognized arguments: --banana 6 (--help says what"),
-        ([*merge, "--base", other, "--out", tmp_path / "m"], "another base model?"),
+        ([*merge, "--base", other, "--out", tmp_path / "m"], "was trained on another base model than"),
         (["predict.py", "--ckpt", place / "out", " "], "the text to price is empty"),
         (["-m", "llama.gguf", tmp_path / "no.gguf", tmp_path / "x"], "no.gguf does not exist"),
     ]
