@@ -43,21 +43,25 @@ def test_each_step_is_taken_at_the_rate_of_its_middle():
         seen.append((len(window), rate))
         return lambda: None
 
-    progress = argparse.Namespace(step=0, total=10)
-    started = list(start_steps(args, take_step, iter([examples] * 19), shape, progress, 10))
+    progress, stop = argparse.Namespace(step=0, total=10), argparse.Namespace(signal=None)
+    started = list(start_steps(args, take_step, iter([examples] * 19), shape, progress, stop, 10))
     rates = [1.0, 3.0, *(4 * (1 - (number - 0.5 - 2) / 8) for number in range(3, 11))]
     assert [number for number, *_ in started] == list(range(1, 11))
     assert [rate for _, rate, *_ in started] == pytest.approx(rates) == [rate for _, rate in seen]
     assert [size for size, _ in seen] == [2] * 9 + [1] and [tokens for *_, tokens, _ in started] == [36] * 9 + [18]
     progress.step = 4  # a resumed run, and a segment: from the fifth to the seventh
-    part = list(start_steps(args, take_step, iter([examples] * 19), shape, progress, 7))
+    part = list(start_steps(args, take_step, iter([examples] * 19), shape, progress, stop, 7))
     assert [(number, rate) for number, rate, *_ in part] == [(n, pytest.approx(rates[n - 1])) for n in (5, 6, 7)]
+    stop.signal = 15
+    assert not list(start_steps(args, take_step, iter([examples] * 19), shape, progress, stop, 7))
 
 
 def test_three_predictions_count_alike(monkeypatch):
     three = object.__new__(Predictor)
     three.paths, three.heads, three.active, three.model, three.tree = list("abc"), [None] * 3, 0, None, None
+    three.seals = list("abc")
     monkeypatch.setattr("pipeline.predictor.load_adapter", lambda model, path: None)
+    monkeypatch.setattr("pipeline.predictor.seal_of", str)
     each = iter([1.0, 2.0, 6.0])
 
     def fake(model, tree, prompts, head, *, batch_tokens, prune, on_batch):
@@ -73,13 +77,12 @@ def test_three_predictions_count_alike(monkeypatch):
     np.testing.assert_allclose(seen, [[[3, 3]]])
 
 
-def test_further_members_take_over_the_numerics_of_the_first(monkeypatch):
-    seen, numerics = [], {"optimiser": "sgd", "head8": True}
-    monkeypatch.setattr(sys, "argv", ["train.py", "--members", "3", "--out", "o"])
+def test_further_members_take_over_the_numerics_of_the_first(monkeypatch, tmp_path):
+    seen, numerics, o = [], {"optimiser": "sgd", "head8": True}, str(tmp_path / "o")
     monkeypatch.setattr("train.train", lambda args, plan=None: seen.append((args.out, args.seed, plan)))
-    monkeypatch.setattr("train.read_run", lambda ckpt: {"plan": numerics})
-    train.main(training_options(""))
-    assert seen == [("o", 0, None), ("o/members/1", 1, numerics), ("o/members/2", 2, numerics)]
+    monkeypatch.setattr("pipeline.claim.read_run", lambda ckpt: {"plan": numerics})
+    train.main(training_options("", ["--members", "3", "--out", o]))
+    assert seen == [(o, 0, None), (f"{o}/members/1", 1, numerics), (f"{o}/members/2", 2, numerics)]
 
 
 @pytest.mark.parametrize("warmup", ["-0.1", "1", "1.5", "nan"])

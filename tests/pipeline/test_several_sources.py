@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import hugging_face_model, tiny_config
 from safetensors.torch import load_file
-from trained_run import metrics_of, priced_items, run
+from trained_run import metrics_of, priced_items, run, seal_again
 
 from pipeline.data import TrainingData
 from pipeline.options import training_options
@@ -137,6 +137,7 @@ def test_an_adapter_of_another_base_is_refused(both, tmp_path):
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     record["options"]["model"] = str(tmp_path / "other")
     (tmp_path / "out" / "run.json").write_text(json.dumps(record))
+    seal_again(tmp_path / "out")
     error = refusal("train.py", "--start-from", tmp_path / "out", "--out", tmp_path / "new")
     assert "was trained on model, which other is not" in error
 
