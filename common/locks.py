@@ -133,10 +133,11 @@ def in_use(part: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def clear(folder: Path, prefix: str) -> None:
-    """Remove what killed processes have left in `folder` under temporary names with this prefix."""
+def clear(folder: Path, prefix: str, least_age: float = 1) -> None:
+    """Remove what killed processes have left in `folder` under temporary names with this prefix. `least_age` is in
+    seconds: 0 where the caller holds a lock, so that no other process can just have begun."""
     for path in folder.glob(f"{escaped(prefix)}*"):
-        if path.is_symlink() or not _abandoned(path):
+        if path.is_symlink() or not _abandoned(path, least_age):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -150,7 +151,7 @@ def escaped(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
-def _abandoned(path: Path) -> bool:
+def _abandoned(path: Path, least_age: float) -> bool:
     """Whether no process writes to this temporary name any more. One of this second may only not be locked yet."""
     with suppress(OSError):
         age = time.time() - path.stat().st_mtime
@@ -158,7 +159,7 @@ def _abandoned(path: Path) -> bool:
         try:
             if fcntl:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return age > 1
+                return age >= least_age
         except BlockingIOError:
             return False
         except OSError:

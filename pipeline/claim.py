@@ -39,7 +39,7 @@ def claimed(args: argparse.Namespace) -> Iterator[None]:
             read_run(out)  # says what is the matter
         with held(out / ".lock", busy):
             for directory in (out, *out.glob("members/[0-9]*")):
-                clear(directory, SAVING)
+                clear(directory, SAVING, least_age=0)
             if args.resume:
                 loss = read_run(out)["options"].get("loss", "answer")
                 if loss not in LOSSES:
